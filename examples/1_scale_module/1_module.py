@@ -1,0 +1,269 @@
+r"""
+A layer BackPACK does not know
+==============================
+
+After this page you know how BackPACK gets into PyTorch's backward pass, what it leaves
+on your layers, and what it says about a layer that it was not taught.
+
+We will:
+
+1. write ``ScaleModule``, the layer that the first four pages teach to BackPACK;
+2. see why it must be a ``torch.nn.Module``, and what ``extend`` does to it;
+3. follow a forward and a backward pass, and see what a layer remembers;
+4. ask for individual gradients, and get a warning;
+5. ask for the GGN diagonal, and get an error.
+
+You should know how to write a ``torch.nn.Module`` and how to call ``backward``. You
+need not know anything about BackPACK. It computes quantities that PyTorch's
+``backward`` does not: individual gradients (one gradient for each sample of a batch)
+and curvature, such as the diagonal of the generalized Gauss-Newton matrix (GGN).
+"""
+
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+from backpack import backpack, extend
+from backpack.extensions import BatchGrad, DiagGGNExact
+from torch import Tensor, nn
+
+torch.manual_seed(0)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# %%
+# The layer
+# ---------
+# Our layer multiplies its input by one trainable number, :math:`z = w x`. No one needs
+# such a class, because the multiplication can be written down anywhere. But its
+# derivatives fit on one line, so that we can give all attention to BackPACK.
+
+
+class ScaleModule(nn.Module):
+    """Multiply the input by one trainable number."""
+
+    def __init__(self, weight: float = 2.0):
+        """Store the number as a parameter of shape ``[1]``.
+
+        Args:
+            weight: Initial value. Default: ``2.0``.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight]))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Scale the input.
+
+        Args:
+            X: Input, shape ``[N, *]`` with any further axes.
+
+        Returns:
+            ``weight * X``, same shape as ``X``.
+        """
+        return self.weight * X
+
+
+# %%
+# It does what it says: N = 6 samples with D = 4 features go in, twice their value comes
+# out.
+
+N, D, C = 6, 4, 3
+
+X = torch.randn(N, D, device=device)
+y = torch.randint(C, (N,), device=device)
+scale = ScaleModule().to(device)
+
+torch.testing.assert_close(scale(X), 2 * X)
+
+# %%
+# (BackPACK has a class of the same name, ``backpack.custom_module.scale_module.
+# ScaleModule``. It multiplies by a fixed number and has no parameter. It is not ours.)
+#
+# Why a module
+# ------------
+# BackPACK does not read your code. It gets to know of a computation through **hooks**:
+# functions that PyTorch calls whenever data passes through a ``torch.nn.Module``, on
+# the way forward and on the way back. A plain function has no hooks. So whatever
+# you want BackPACK to treat must be a module of its own.
+#
+# ``extend`` adds one hook for each direction, to the module and to all modules inside.
+
+print(f"before extend: {len(scale._forward_hooks)} forward hook(s)")
+print(f"               {len(scale._backward_hooks)} backward hook(s)")
+
+scale = extend(scale)
+
+print(f"after extend:  {len(scale._forward_hooks)} forward hook(s)")
+print(f"               {len(scale._backward_hooks)} backward hook(s)")
+
+# %%
+# What the layer remembers
+# ------------------------
+# The forward hook stores the layer's input and output on the module. An extension
+# needs them to compute derivatives.
+
+output = scale(X)
+
+torch.testing.assert_close(scale.input0, X)
+torch.testing.assert_close(scale.output, output)
+print(f"scale.input0: {list(scale.input0.shape)}")
+print(f"scale.output: {list(scale.output.shape)}")
+
+# %%
+# The name ``input0`` ends in a number because a module may take several inputs. In the
+# backward pass, the backward hook runs all active extensions, and after that it removes
+# what was stored, to free the memory.
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    output.sum().backward()
+
+for name in ["input0", "output"]:
+    if hasattr(scale, name):
+        raise RuntimeError(f"{name} was not removed. This page is out of date.")
+print("input0 and output are gone")
+
+# %%
+# PyTorch had something to say in this backward pass. We recorded it:
+
+for warning in caught:
+    print(f"{warning.category.__name__}: {warning.message}")
+
+# %%
+# This warning is harmless. It comes up when a module with a hook gets input for which
+# no gradient is needed, and that is always so for the first layer, which gets the data.
+# You will meet it in your own code. On the following pages it is not
+# shown again.
+#
+# Where the layer sits
+# --------------------
+# On these pages the scale module stands in a small classifier with three layers. The
+# figure shows it as a computation graph, drawn by a few lines of Matplotlib. Round
+# nodes are tensors, boxes are layers with their parameters.
+
+layers = ["Linear", "ScaleModule", "Linear", "CrossEntropyLoss"]
+tensors = ["$x^{(0)}$", "$x^{(1)}$", "$x^{(2)}$", "$x^{(3)}$", r"$\ell$"]
+parameters = [r"$\theta^{(1)}$", r"$w$", r"$\theta^{(3)}$", "$y$"]
+
+fig, ax = plt.subplots(figsize=(8, 3.1), layout="constrained")
+node = {"ha": "center", "va": "center"}
+for i, name in enumerate(tensors):
+    circle = {"boxstyle": "circle,pad=0.25", "fc": "white", "ec": "0.3"}
+    ax.text(2 * i, 0, name, bbox=circle, **node)
+for i, (layer, parameter) in enumerate(zip(layers, parameters, strict=True)):
+    is_scale = layer == "ScaleModule"
+    box = {
+        "boxstyle": "round,pad=0.3",
+        "fc": "white",
+        "ec": "C4" if is_scale else "0.3",
+    }
+    box["linewidth"] = 2 if is_scale else 1
+    ax.text(
+        2 * i + 1, 0.85, f"{layer}\n{parameter}", bbox=box, fontsize="small", **node
+    )
+    ax.plot([2 * i + 1, 2 * i + 1], [0.1, 0.62], ":", color="0.3")
+    for y_arrow, start, end, color in [
+        (0.08, 2 * i + 0.4, 2 * i + 1.6, "C0"),
+        (-0.16, 2 * i + 1.6, 2 * i + 0.4, "C1"),
+        (-0.40, 2 * i + 1.6, 2 * i + 0.4, "C2"),
+    ]:
+        arrow = {"arrowstyle": "->", "color": color, "linewidth": 1.6}
+        ax.annotate("", (end, y_arrow), (start, y_arrow), arrowprops=arrow)
+for color, label in [
+    ("C0", "data (forward)"),
+    ("C1", "gradients (backward)"),
+    ("C2", "V, a square root of the GGN (backward)"),
+]:
+    ax.plot([], [], color=color, label=label)
+ax.set(xlim=(-0.5, 8.5), ylim=(-1.0, 1.2))
+ax.axis("off")
+ax.legend(loc="lower center", ncols=3, frameon=False)
+ax.set_title("Data flows right, gradients and V flow left")
+plt.show()
+
+# %%
+# Data flows to the right. In the backward pass PyTorch sends gradients to the left.
+# BackPACK's **first-order extensions** look at these gradients when they pass a layer,
+# and send nothing of their own. Its **second-order extensions** send a further
+# quantity to the left. For the GGN it is called V, and
+# `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ says what it is. So a
+# layer can do two things wrong: to compute its own result wrongly, and to pass on a
+# wrong V.
+#
+# First order: a warning
+# ----------------------
+# Here is the network. ``extend`` reaches the three layers inside.
+
+model = nn.Sequential(nn.Linear(D, 5), ScaleModule(), nn.Linear(5, C)).to(device)
+model = extend(model)
+loss_function = extend(nn.CrossEntropyLoss())
+
+# %%
+# ``BatchGrad`` computes individual gradients, and stores them in the attribute
+# ``grad_batch`` of each parameter. BackPACK knows ``Linear`` and does not know
+# ``ScaleModule``. It warns, and goes on.
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    with backpack(BatchGrad()):
+        loss_function(model(X), y).backward()
+
+texts = [str(warning.message) for warning in caught]
+[message] = [text for text in texts if "does not have an extension" in text]
+print(f"UserWarning: {message}")
+
+# %%
+# Every parameter has a gradient, since that is PyTorch's work. Individual gradients are
+# there for the linear layers, and missing for the scale module.
+
+for name, parameter in model.named_parameters():
+    grad_batch = getattr(parameter, "grad_batch", None)
+    shape = "missing" if grad_batch is None else list(grad_batch.shape)
+    print(f"{name:>8}  grad: {list(parameter.grad.shape)!s:6}  grad_batch: {shape}")
+
+# %%
+# Whoever then asks for them gets an error that does not name the cause.
+
+try:
+    print(model[1].weight.grad_batch)
+except AttributeError as error:
+    print(f"AttributeError: {error}")
+else:
+    raise RuntimeError("BackPACK knows ScaleModule. This page is out of date.")
+
+# %%
+# Second order: an error
+# ----------------------
+# ``DiagGGNExact`` computes the diagonal of the GGN. It can not go on: the layers before
+# the scale module wait for a V that only the scale module can pass on. So it raises.
+
+try:
+    with backpack(DiagGGNExact()):
+        loss_function(model(X), y).backward()
+except NotImplementedError as error:
+    print(f"NotImplementedError: {error}")
+else:
+    raise RuntimeError("BackPACK knows ScaleModule. This page is out of date.")
+
+# %%
+# How far did it get? The backward pass starts at the loss. The last layer was
+# treated before the scale module was reached, and the first never was.
+
+for name, parameter in model.named_parameters():
+    diagonal = getattr(parameter, "diag_ggn_exact", None)
+    shape = "missing" if diagonal is None else list(diagonal.shape)
+    print(f"{name:>8}  diag_ggn_exact: {shape}")
+
+# %%
+# What was verified
+# -----------------
+# The layer doubles its input. A forward pass leaves ``input0`` and ``output`` on
+# an extended module, and they hold the right tensors; a backward pass removes them. For
+# a layer that BackPACK does not know, ``BatchGrad`` warns and leaves no ``grad_batch``,
+# and ``DiagGGNExact`` raises ``NotImplementedError``. Both were provoked when this page
+# was built. Should a future BackPACK know ``ScaleModule``, the build fails here.
+#
+# **Next:** `Individual gradients <2_individual_gradients.html>`_ mends the first of the
+# two.
+#
+# BackPACK: F. Dangel, F. Kunstner, P. Hennig, "BackPACK: Packing more into Backprop",
+# ICLR 2020, `arXiv:1912.10985 <https://arxiv.org/abs/1912.10985>`_.

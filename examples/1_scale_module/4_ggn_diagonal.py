@@ -1,0 +1,537 @@
+r"""
+The GGN diagonal, backpropagated
+================================
+
+After this page you can make BackPACK compute the diagonal of the generalized
+Gauss-Newton matrix (GGN) in networks that hold a layer of your own, and you know how to
+test that you did it right.
+
+We will:
+
+1. turn the two recursions for V into a module extension with two methods,
+   ``weight`` and ``backpropagate``;
+2. compare both methods with PyTorch's VJPs, by hand, outside of any network;
+3. register the extension and look at V when it arrives;
+4. compute the GGN diagonal a second way, by GGN-vector products;
+5. compare the two in networks in which ``backpropagate`` really runs;
+6. break ``backpropagate`` on purpose, and see which check notices and which does not.
+
+The two recursions come from `The GGN and its diagonal, derived
+<3_ggn_derivation.html>`_; how an extension is registered, from `Individual gradients
+<2_individual_gradients.html>`_. The letters: N samples, T steps of a sequence, D
+features, C classes, and V for the square root of the GGN that travels backward.
+"""
+
+import math
+
+import matplotlib.pyplot as plt
+import torch
+from backpack import backpack, extend
+from backpack.extensions import DiagGGNExact
+from backpack.extensions.module_extension import ModuleExtension
+from backpack.hessianfree.ggnvp import ggn_vector_product_from_plist
+from backpack.utils.convert_parameters import vector_to_parameter_list
+from einops import einsum
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+torch.manual_seed(0)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# %%
+# The layer, as before.
+
+
+class ScaleModule(nn.Module):
+    """Multiply the input by one trainable number."""
+
+    def __init__(self, weight: float = 2.0):
+        """Store the number as a parameter of shape ``[1]``.
+
+        Args:
+            weight: Initial value. Default: ``2.0``.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight]))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Scale the input.
+
+        Args:
+            X: Input, shape ``[N, *]`` with any further axes.
+
+        Returns:
+            ``weight * X``, same shape as ``X``.
+        """
+        return self.weight * X
+
+
+# %%
+# Two steps for each layer
+# ------------------------
+# The Hessian of the loss with respect to the network's output has a square root,
+# :math:`\nabla^2_f \ell = S S^\top`. BackPACK starts with :math:`V = S` at the output,
+# a matrix with :math:`C` columns for each sample, and sends it backward through the
+# layers. Each layer receives the V of its output, :math:`V_\text{out}`, and does two
+# things:
+#
+# - **for its parameters:** multiply with the Jacobian of the output with respect to the
+#   parameter, transposed. The squares of the result, summed over the columns, are the
+#   GGN diagonal;
+# - **for the layers before it:** multiply with the Jacobian of the output with respect
+#   to the input, transposed. The result, :math:`V_\text{in}`, is what the layer before
+#   receives.
+#
+# BackPACK stores the :math:`C` columns along the **first** axis: V has shape ``[C, N,
+# *]``, and each of the C slices has the shape of the layer's output. For the scale
+# module, :math:`z_n = w x_n`, the two Jacobians are :math:`x_n` and :math:`w` times the
+# identity. So for class :math:`c` and sample :math:`n`,
+#
+# .. math::
+#     V_w[c, n] &= \sum_d x_{nd} \, V_\text{out}[c, n, d] \, , \\
+#     V_\text{in}[c, n, d] &= w \, V_\text{out}[c, n, d] \, ,
+#
+# and the diagonal, for the one parameter, is a single number,
+#
+# .. math::
+#     \operatorname{diag}(G)_w = \sum_n \sum_c V_w[c, n]^2 \, .
+#
+# Mind the order: sum over the features, **then** square, then sum over classes and
+# samples.
+#
+# The extension
+# -------------
+# Second-order extensions inherit from ``ModuleExtension``. The method for a
+# parameter is named after it, as for ``BatchGrad``; the step for the layers before
+# must be named ``backpropagate``. Both get V as their last argument. There is no loop
+# over the C columns: one operation treats them all.
+
+
+class ScaleModuleDiagGGNExact(ModuleExtension):
+    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+
+    def __init__(self):
+        """Name the parameters for which this class has a method."""
+        super().__init__(params=["weight"])
+
+    def weight(
+        self,
+        ext: DiagGGNExact,
+        module: ScaleModule,
+        g_inp: tuple[Tensor, ...],
+        g_out: tuple[Tensor],
+        V_out: Tensor,
+    ) -> Tensor:
+        """Compute the GGN diagonal of ``module.weight``.
+
+        Args:
+            ext: The running extension (not needed).
+            module: The layer; ``module.input0`` has shape ``[N, *]``.
+            g_inp: Gradients with respect to the layer's inputs (not needed).
+            g_out: Gradient with respect to the layer's output (not needed).
+            V_out: Square root with respect to the layer's output, ``[C, N, *]``.
+
+        Returns:
+            GGN diagonal, summed over the batch, shape ``[1]``.
+        """
+        V_w = einsum(V_out, module.input0, "c n ..., n ... -> c n")
+        return V_w.square().sum().reshape(1)
+
+    def backpropagate(
+        self,
+        ext: DiagGGNExact,
+        module: ScaleModule,
+        g_inp: tuple[Tensor, ...],
+        g_out: tuple[Tensor],
+        V_out: Tensor,
+    ) -> Tensor:
+        """Multiply V with the transposed Jacobian with respect to the input.
+
+        Args:
+            ext: The running extension (not needed).
+            module: The layer; ``module.weight`` has shape ``[1]``.
+            g_inp: Gradients with respect to the layer's inputs (not needed).
+            g_out: Gradient with respect to the layer's output (not needed).
+            V_out: Square root with respect to the layer's output, ``[C, N, *]``.
+
+        Returns:
+            Square root with respect to the layer's input, shape ``[C, N, *]``.
+        """
+        return module.weight * V_out
+
+
+# %%
+# The result of ``weight`` has the shape of the parameter: the GGN diagonal is summed
+# over the batch. (``BatchDiagGGNExact`` would keep the samples apart.)
+#
+# Each method against a VJP
+# -------------------------
+# Both methods can be called by hand. They need a layer that has been through a forward
+# pass, so that ``module.input0`` is there, and any V. With random numbers for V, we
+# compare with what ``torch.func.vjp`` computes for each column. This check sees what
+# the GGN itself can not show: squares hide the sign of V.
+
+N, T, D, C = 5, 2, 3, 4
+
+layer = extend(ScaleModule(weight=-1.5)).to(device, torch.float64)
+X = torch.randn(N, D, dtype=torch.float64, device=device)
+V_out = torch.randn(C, N, D, dtype=torch.float64, device=device)
+layer(X)
+
+module_extension = ScaleModuleDiagGGNExact()
+V_in = module_extension.backpropagate(None, layer, None, None, V_out)
+
+# %%
+# The witness for ``backpropagate``: the VJP with respect to the input, for each of the
+# C columns.
+
+w = layer.weight.detach()
+_, input_vjp = torch.func.vjp(lambda X: w * X, X)
+(V_in_by_vjp,) = torch.func.vmap(input_vjp)(V_out)
+
+torch.testing.assert_close(V_in, V_in_by_vjp)
+print(f"V_out {list(V_out.shape)} -> V_in {list(V_in.shape)}")
+
+# %%
+# The witness for ``weight``: the VJP with respect to the parameter, for each column and
+# each sample, then squares, then the sum.
+
+
+def weight_vjp(x: Tensor, v: Tensor) -> Tensor:
+    """Return the VJP of ``w -> w * x`` with ``v``; both have shape ``[D]``."""
+    _, vjp = torch.func.vjp(lambda w: w * x, w)
+    return vjp(v)[0]
+
+
+over_samples = torch.func.vmap(weight_vjp)
+over_columns_and_samples = torch.func.vmap(over_samples, in_dims=(None, 0))
+V_w_by_vjp = over_columns_and_samples(X, V_out)
+
+diagonal = module_extension.weight(None, layer, None, None, V_out)
+torch.testing.assert_close(diagonal, V_w_by_vjp.square().sum((0, 1)))
+print(f"V_w {list(V_w_by_vjp.shape)} -> diagonal {list(diagonal.shape)}")
+
+# %%
+# Registration
+# ------------
+# As for individual gradients, a function builds a fresh registered object for each use.
+# For second-order extensions this is more than convenient: an object that is used again
+# can find a V that an earlier backward pass left behind.
+
+
+def make_diag_ggn(
+    module_extension_class: type[ModuleExtension] = ScaleModuleDiagGGNExact,
+) -> DiagGGNExact:
+    """Build a ``DiagGGNExact`` that supports ``ScaleModule``.
+
+    Args:
+        module_extension_class: What to register for ``ScaleModule``.
+    """
+    extension = DiagGGNExact()
+    extension.set_module_extension(ScaleModule, module_extension_class())
+    return extension
+
+
+# %%
+# What the methods are given
+# --------------------------
+# Again a class in front tells us the shapes at the call. The scale module stands
+# between two linear layers. The network's output has C = 4 entries, so V has 4 columns,
+# at every layer.
+
+
+class TellingDiagGGNExact(ScaleModuleDiagGGNExact):
+    """``ScaleModuleDiagGGNExact`` that prints the shapes of what it is given."""
+
+    def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Print the shapes, then compute the GGN diagonal, shape ``[1]``."""
+        print("weight is called")
+        print(f"  module.input0 {list(module.input0.shape)}")
+        print(f"  module.output {list(module.output.shape)}")
+        print(f"  V_out         {list(V_out.shape)}")
+        return super().weight(ext, module, g_inp, g_out, V_out)
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Print the shapes, then backpropagate V, shape ``[C, N, *]``."""
+        V_in = super().backpropagate(ext, module, g_inp, g_out, V_out)
+        print("backpropagate is called")
+        print(f"  V_out {list(V_out.shape)} -> V_in {list(V_in.shape)}")
+        return V_in
+
+
+# %%
+# First the method for the parameter is called, then ``backpropagate``. We keep the
+# results for a comparison below.
+
+model = nn.Sequential(nn.Linear(D, 2), ScaleModule(), nn.Linear(2, C))
+model = extend(model.to(device, torch.float64))
+loss_function = extend(nn.CrossEntropyLoss())
+y = torch.randint(C, (N,), device=device)
+
+with backpack(make_diag_ggn(TellingDiagGGNExact)):
+    loss_function(model(X), y).backward()
+
+told = [parameter.diag_ggn_exact for parameter in model.parameters()]
+
+# %%
+# A second way: GGN-vector products
+# ---------------------------------
+# BackPACK can also multiply the GGN onto a vector. For this it needs nothing but
+# PyTorch's autodiff: one forward-mode product with the Jacobian, one Hessian-vector
+# product of the loss, one VJP. No module extension takes part, so this is an
+# independent witness. Multiplied onto the unit vector :math:`e_i`, the GGN gives its
+# column :math:`i`, and the entry :math:`i` of this column is on the diagonal. It takes
+# one product for each of the :math:`p` parameters, too slow for real networks, and good
+# for a check.
+
+
+def diag_ggn_by_vector_products(
+    loss: Tensor, output: Tensor, parameters: list[nn.Parameter]
+) -> Tensor:
+    """Compute the GGN diagonal with one GGN-vector product for each parameter.
+
+    Args:
+        loss: The loss, a scalar.
+        output: The network's output, shape ``[N, C]``.
+        parameters: Parameters with p entries in total.
+
+    Returns:
+        The diagonal, flattened and concatenated over parameters, shape ``[p]``.
+    """
+    diagonal = []
+    for i, unit in enumerate(torch.eye(sum(p.numel() for p in parameters))):
+        unit = vector_to_parameter_list(unit.to(output), parameters)
+        column = ggn_vector_product_from_plist(loss, output, parameters, unit)
+        diagonal.append(parameters_to_vector(column)[i])
+    return torch.stack(diagonal)
+
+
+# %%
+# For the network above, both ways give the same numbers, so the class that told us
+# the shapes computed the right thing.
+
+output = model(X)
+parameters = list(model.parameters())
+expected = diag_ggn_by_vector_products(loss_function(output, y), output, parameters)
+
+torch.testing.assert_close(parameters_to_vector(told), expected)
+print(f"Trace of the GGN: {expected.sum():.4f}")
+
+# %%
+# The reduction of the loss enters through V. With ``"mean"``, the loss is divided by
+# :math:`N`, so its square root :math:`S` carries :math:`1/\sqrt{N}`, and the diagonal
+# is the mean over the samples' diagonals. With ``"sum"`` it is their sum.
+
+summed_loss_function = extend(nn.CrossEntropyLoss(reduction="sum"))
+with backpack(make_diag_ggn()):
+    summed_loss_function(model(X), y).backward()
+
+summed = parameters_to_vector(p.diag_ggn_exact for p in parameters)
+torch.testing.assert_close(summed, N * expected)
+
+# %%
+# Networks in which backpropagate runs
+# ------------------------------------
+# A layer's ``backpropagate`` runs only if someone before it needs V: if the layer's
+# input requires a gradient. And its result shows only in the GGN diagonal of the layers
+# **before** it. So a test with the layer alone, or with the layer first, can not see a
+# mistake in ``backpropagate``. We test five networks; the number is the expected count
+# of calls to ``backpropagate``.
+
+networks = {
+    "first": 0,
+    "first, input requires grad": 1,
+    "middle": 1,
+    "two in one network": 2,
+    "last": 1,
+}
+
+
+def make_network(name: str, input_shape: tuple[int, ...]) -> nn.Sequential:
+    """Build a classifier that holds one or two scale modules.
+
+    Args:
+        name: A key of ``networks``.
+        input_shape: Shape of one sample, ``(D,)`` or ``(T, D)``.
+
+    Returns:
+        Network that maps ``[N, *input_shape]`` to ``[N, C]``.
+    """
+    hidden = 2
+    features = hidden * math.prod(input_shape[:-1])
+    encoder = [nn.Linear(D, hidden), nn.Sigmoid()]
+    decoder = [nn.Flatten(), nn.Linear(features, C)]
+    scale, other_scale = ScaleModule(1.5), ScaleModule(-0.7)
+    layers = {
+        "first": [scale, *encoder, *decoder],
+        "first, input requires grad": [scale, *encoder, *decoder],
+        "middle": [*encoder, scale, *decoder],
+        "two in one network": [encoder[0], scale, encoder[1], other_scale, *decoder],
+        "last": [*encoder, *decoder, scale],
+    }
+    return nn.Sequential(*layers[name]).to(device, torch.float64)
+
+
+# %%
+# The witness computes its diagonal before ``extend`` touches the network. A frozen
+# scale module must get no GGN diagonal, but V must still pass through it. To
+# be sure that ``backpropagate`` runs, we count.
+
+
+class CountingDiagGGNExact(ScaleModuleDiagGGNExact):
+    """``ScaleModuleDiagGGNExact`` that counts the calls to ``backpropagate``."""
+
+    calls = 0
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Count the call, then backpropagate V, shape ``[C, N, *]``."""
+        CountingDiagGGNExact.calls += 1
+        return super().backpropagate(ext, module, g_inp, g_out, V_out)
+
+
+# %%
+# One function holds the whole comparison. It takes the module extension as an argument,
+# so that we can pass a wrong one later.
+
+
+def compare(
+    module_extension_class: type[ModuleExtension],
+    name: str,
+    input_shape: tuple[int, ...] = (D,),
+    reduction: str = "mean",
+    frozen: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Compute the GGN diagonal in a new network with BackPACK and by products.
+
+    Args:
+        module_extension_class: What to register for ``ScaleModule``.
+        name: A key of ``networks``.
+        input_shape: Shape of one sample, ``(D,)`` or ``(T, D)``.
+        reduction: ``"mean"`` or ``"sum"``.
+        frozen: Whether the scale modules are not trained.
+
+    Returns:
+        The diagonal by BackPACK and by products, a list over parameters each.
+    """
+    model = make_network(name, input_shape)
+    scales = [layer for layer in model if isinstance(layer, ScaleModule)]
+    for scale in scales:
+        scale.weight.requires_grad_(not frozen)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss_function = nn.CrossEntropyLoss(reduction=reduction)
+    X = torch.randn(N, *input_shape, dtype=torch.float64, device=device)
+    X.requires_grad_(name == "first, input requires grad")
+    y = torch.randint(C, (N,), device=device)
+
+    output = model(X)
+    loss = loss_function(output, y)
+    by_products = diag_ggn_by_vector_products(loss, output, parameters)
+
+    model, loss_function = extend(model), extend(loss_function)
+    with backpack(make_diag_ggn(module_extension_class)):
+        loss_function(model(X), y).backward()
+
+    if frozen and any(hasattr(s.weight, "diag_ggn_exact") for s in scales):
+        raise AssertionError("A frozen weight has a GGN diagonal.")
+    by_backpack = [p.diag_ggn_exact for p in parameters]
+    return by_backpack, vector_to_parameter_list(by_products, parameters)
+
+
+# %%
+# All combinations. ``assert_close`` compares every parameter of the network,
+# and raises if a number, a shape or a data type differs.
+
+settings = [
+    (name, input_shape, reduction, frozen)
+    for name in networks
+    for input_shape in [(D,), (T, D)]
+    for reduction in ["mean", "sum"]
+    for frozen in [False, True]
+]
+
+for name, input_shape, reduction, frozen in settings:
+    CountingDiagGGNExact.calls = 0
+    by_backpack, by_products = compare(
+        CountingDiagGGNExact, name, input_shape, reduction, frozen
+    )
+    torch.testing.assert_close(by_backpack, by_products)
+    if CountingDiagGGNExact.calls != networks[name]:
+        raise AssertionError(f"{name}: unexpected number of calls to backpropagate")
+
+print(f"{len(settings)} networks: BackPACK and GGN-vector products agree.")
+
+# %%
+# Break it, and see who notices
+# -----------------------------
+# A check is worth something if it fails when it should. Here is a wrong
+# ``backpropagate``: it forgets to multiply with :math:`w`.
+
+
+class WrongBackpropagate(ScaleModuleDiagGGNExact):
+    """Wrong on purpose: sends V to the layers before as it came."""
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return V unchanged, shape ``[C, N, *]``."""
+        return V_out
+
+
+# %%
+# With the layer first, nothing is noticed: the wrong method is never called.
+
+by_backpack, by_products = compare(WrongBackpropagate, "first")
+torch.testing.assert_close(by_backpack, by_products)
+print("Layer first: the wrong extension passes.")
+
+# %%
+# With the layer in the middle, it is caught.
+
+by_backpack, by_products = compare(WrongBackpropagate, "middle")
+try:
+    torch.testing.assert_close(by_backpack, by_products)
+except AssertionError as error:
+    print(f"Layer in the middle: caught.\n\n{error}")
+else:
+    raise RuntimeError("The check did not notice the wrong backpropagate.")
+
+# %%
+# The picture shows where a wrong ``backpropagate`` does its damage: at all
+# parameters before the layer. Their diagonal lacks the factor :math:`w^2`. The layer's
+# own weight and all that follows are right.
+
+right = parameters_to_vector(by_products).tolist()
+wrong = parameters_to_vector(by_backpack).tolist()
+
+fig, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+ax.bar(range(len(right)), right, color="0.8", label="right")
+ax.plot(wrong, "o", color="C1", label="with the wrong backpropagate")
+end, middles = 0, {}
+for name, parameter in make_network("middle", (D,)).named_parameters():
+    middles[name] = end + parameter.numel() / 2 - 0.5
+    end += parameter.numel()
+    ax.axvline(end - 0.5, color="0.4", linewidth=0.8)
+ax.set_xticks(list(middles.values()), list(middles))
+ax.set_yscale("log")
+ax.set_xlabel("parameters of the network, from input to output")
+ax.set_ylabel("GGN diagonal")
+ax.set_title("A wrong backpropagate spoils the layers before the scale module")
+ax.legend(framealpha=1)
+plt.show()
+
+# %%
+# What was verified
+# -----------------
+# Both methods agree with VJPs of ``torch.func``, sign included. The GGN diagonal of all
+# parameters agrees with GGN-vector products in float64, at the default tolerance of
+# ``torch.testing.assert_close``: with the layer first, in the middle, last and twice,
+# with and without a gradient for the input, for ``[N, D]`` and ``[N, T, D]``, ``mean``
+# and ``sum``, trained and frozen. In each of these, ``backpropagate`` ran as often as
+# it should. A wrong ``backpropagate`` passes where the layer stands first, and fails in
+# the middle.
+#
+# **Next:** `RMSNorm: a vector parameter and a coupled Jacobian
+# <../2_any_layer/1_rms_norm.html>`_ takes the same steps for a layer that people use.
+#
+# BackPACK: F. Dangel, F. Kunstner, P. Hennig, "BackPACK: Packing more into Backprop",
+# ICLR 2020, `arXiv:1912.10985 <https://arxiv.org/abs/1912.10985>`_. GGN-vector
+# products: N. N. Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order
+# Gradient Descent", Neural Computation 14(7), 2002.
