@@ -233,7 +233,7 @@ else:
 # %%
 # Second order: an error
 # ----------------------
-# ``DiagGGNExact`` computes the diagonal of the GGN. It can not go on: the layers before
+# ``DiagGGNExact`` computes the diagonal of the GGN. It cannot go on: the layers before
 # the scale module wait for a V that only the scale module can pass on. So it raises.
 
 try:

@@ -169,7 +169,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 # Both methods can be called by hand. They need a layer that has been through a forward
 # pass, so that ``module.input0`` is there, and any V. With random numbers for V, we
 # compare with what ``torch.func.vjp`` computes for each column. This check sees what
-# the GGN itself can not show: squares hide the sign of V.
+# the GGN itself cannot show: squares hide the sign of V.
 
 N, T, D, C = 5, 2, 3, 4
 
@@ -334,7 +334,7 @@ torch.testing.assert_close(summed, N * expected)
 # ------------------------------------
 # A layer's ``backpropagate`` runs only if someone before it needs V: if the layer's
 # input requires a gradient. And its result shows only in the GGN diagonal of the layers
-# **before** it. So a test with the layer alone, or with the layer first, can not see a
+# **before** it. So a test with the layer alone, or with the layer first, cannot see a
 # mistake in ``backpropagate``. We test five networks; the number is the expected count
 # of calls to ``backpropagate``.
 
@@ -504,12 +504,15 @@ wrong = parameters_to_vector(by_backpack).tolist()
 fig, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
 ax.bar(range(len(right)), right, color="0.8", label="right")
 ax.plot(wrong, "o", color="C1", label="with the wrong backpropagate")
-end, middles = 0, {}
-for name, parameter in make_network("middle", (D,)).named_parameters():
-    middles[name] = end + parameter.numel() / 2 - 0.5
+end, labels = 0, {}
+network = make_network("middle", (D,))
+for name, parameter in network.named_parameters():
+    layer, name = name.split(".")
+    kind = type(network[int(layer)]).__name__.removesuffix("Module")
+    labels[end + parameter.numel() / 2 - 0.5] = f"{kind}\n{name}"
     end += parameter.numel()
     ax.axvline(end - 0.5, color="0.4", linewidth=0.8)
-ax.set_xticks(list(middles.values()), list(middles))
+ax.set_xticks(list(labels), labels.values(), fontsize="small")
 ax.set_yscale("log")
 ax.set_xlabel("parameters of the network, from input to output")
 ax.set_ylabel("GGN diagonal")
