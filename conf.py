@@ -1,0 +1,178 @@
+"""Sphinx configuration; the Makefile says how it is called."""
+
+import contextlib
+import re
+import sys
+import warnings
+from importlib import metadata, util
+from pathlib import Path
+from zipfile import ZipFile
+
+from docutils import nodes
+
+ROOT = Path(__file__).parent
+GALLERY = ROOT / "docs" / "gallery"
+# Sphinx-Gallery gets `prepare_page`, below, by its name "conf.prepare_page": with the
+# function itself in the configuration, Sphinx could not cache what it has read.
+sys.path.insert(0, str(ROOT))
+
+project = "Custom layers in BackPACK"
+author = "the authors of this tutorial"
+language = "en"
+exclude_patterns = ["_build", "gallery/index.rst"]  # docs/index.rst includes it
+extensions = [
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+]
+
+# -- The pages, run by Sphinx-Gallery ---------------------------------------------
+
+PINS = re.findall(
+    r"^(?:torch|backpack|einops|matplotlib).*",
+    (ROOT / "requirements.txt").read_text(),
+    flags=re.MULTILINE,
+)
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"[\\/]\d+_\w+\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "reset_modules": ("matplotlib", "conf.prepare_page"),
+    "reset_modules_order": "both",
+    "image_srcset": ["2x"],
+    # Commented out: whoever runs a notebook decides what is installed where.
+    "first_notebook_cell": "# If these are missing (on Colab, say), run this cell "
+    f"without the first # of the next line.\n# %pip install {' '.join(PINS)}",
+    "write_computation_times": False,  # its page loads scripts from other hosts
+    "show_signature": False,
+}
+
+# Sphinx-Gallery skips a page if its .md5 fits its text. That must not happen to a page
+# that failed or was killed, even if its text is what it was before. So a page has no
+# .md5 while it runs, and as Sphinx-Gallery writes that file a moment before the others,
+# a page that is still named in `running` loses it again.
+RUNNING = GALLERY / "running"
+if RUNNING.exists():
+    for md5 in GALLERY.glob(f"*/{RUNNING.read_text()}.md5"):
+        md5.unlink()
+page_filters = contextlib.ExitStack()
+
+
+def prepare_page(gallery_conf, fname, when):
+    """Give every page the same start. Called before and after it runs."""
+    import matplotlib.pyplot as plt
+
+    if when == "after":
+        page_filters.close()
+        RUNNING.unlink()
+        return
+    RUNNING.write_text(fname)
+    for md5 in GALLERY.glob(f"*/{fname}.md5"):
+        md5.unlink()
+    # A page that warns fails: a reader could not tell whether the warning matters. One
+    # is harmless and let through: torch raises it when the input of the first layer
+    # needs no gradient, and BackPACK does not need that gradient either.
+    page_filters.enter_context(warnings.catch_warnings(action="error"))
+    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+    # As Python does: a deprecation is the page's business only if its own code causes it.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+    plt.style.use("petroff10")  # colors that color-blind readers can tell apart
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "font.size": 11,
+            "axes.titlesize": "medium",
+            "figure.titlesize": "medium",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+
+
+# -- Links to the documentation of torch, BackPACK, ... ---------------------------
+
+# The names that the pages use, in Sphinx's plain-text format: name, kind, page. They are
+# read from here, so that no build depends on another site; `make linkcheck` visits each.
+intersphinx_mapping = {
+    "backpack": ("https://docs.backpack.pt/en/master", "inventories/backpack.txt"),
+    "python": ("https://docs.python.org/3", "inventories/python.txt"),
+    "matplotlib": ("https://matplotlib.org/stable", "inventories/matplotlib.txt"),
+    "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.txt"),
+}
+
+# -- HTML -------------------------------------------------------------------------
+
+# MathJax from a package, so that the site serves it itself; only what pages load.
+MATHJAX = Path(util.find_spec("sphinx-mathjax-offline").origin).parent / "static"
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax3_config = {"options": {"enableMenu": False}}
+exclude_patterns += [
+    "mathjax/[!ot]*",
+    "mathjax/tex-[!c]*",
+    "mathjax/tex-chtml-*",
+    "mathjax/output/*.js",
+    "mathjax/output/svg",
+]
+
+html_theme = "pydata_sphinx_theme"
+html_title = project
+html_static_path = ["docs/_static", str(MATHJAX)]
+html_css_files = ["custom.css"]
+html_favicon = "docs/_static/favicon.svg"
+templates_path = ["docs/_templates"]
+html_copy_source = False
+html_use_index = False
+html_sidebars = {"**": ["reading-order"]}
+html_theme_options = {
+    "navbar_center": [],  # the sidebar shows all parts
+    "navbar_persistent": ["search-button"],
+    "show_toc_level": 2,
+    "secondary_sidebar_items": ["page-toc", "sg_download_links"],
+    "article_footer_items": ["run-with"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "back_to_top_button": False,
+}
+html_context = {
+    "default_mode": "auto",  # as the reader's system: light or dark
+    "run_with": f"torch {metadata.version('torch')} and BackPACK "
+    + metadata.version("backpack-for-pytorch"),
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def finish_downloads(app, exception):
+    """Link notebooks to notebooks, and give all files in a zip the same date."""
+
+    def to_notebooks(text):
+        return re.sub(r"\]\(([\w./]+)\.html(#[\w-]+)?\)", r"](\1.ipynb)", text)
+
+    for path in Path(app.outdir).glob("_downloads/*/*"):
+        if path.suffix == ".ipynb":
+            path.write_text(to_notebooks(path.read_text()))
+        if path.suffix == ".zip":
+            with ZipFile(path) as old:
+                files = {info: old.read(info) for info in old.infolist()}
+            with ZipFile(path, "w") as new:
+                for info in sorted(files, key=lambda info: info.filename):
+                    text = files[info].decode()
+                    info.date_time = (1980, 1, 1, 0, 0, 0)
+                    is_notebook = info.filename.endswith(".ipynb")
+                    new.writestr(info, to_notebooks(text) if is_notebook else text)
+
+
+def describe_thumbnails(app, doctree, docname):
+    """Give each thumbnail the alt text that Sphinx-Gallery leaves empty."""
+    for image in doctree.findall(nodes.image):
+        if "/images/thumb/" in image["uri"]:
+            title = image.next_node(nodes.reference, ascend=True).astext()
+            image["alt"] = f"A figure of the page: {title}"
+
+
+def setup(app):
+    app.connect("doctree-resolved", describe_thumbnails)
+    app.connect("build-finished", finish_downloads)
