@@ -1,0 +1,1259 @@
+r"""
+One derivatives class, every extension
+======================================
+
+After this page you can give a layer of your own to all 19 extensions of BackPACK by
+writing its Jacobian products once.
+
+We will:
+
+1. write one derivatives class for the scale module: six methods, one line of math each;
+2. compare each method with ``torch.func``;
+3. connect the class to every extension through BackPACK's own base classes;
+4. compare every result with automatic differentiation: individual gradients, the GGN,
+   its Monte-Carlo estimates, the Hessian, Kronecker factors and matrix products;
+5. see what can't be had, and which error or wrong number says so.
+
+You should know what a module extension does, for first order
+(`Individual gradients <../1_scale_module/2_individual_gradients.html>`_) and for second
+order (`The GGN diagonal, backpropagated <../1_scale_module/4_ggn_diagonal.html>`_).
+
+The letters: N samples, T steps, D features, C classes. K counts vectors that are
+stacked along a leading axis.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from unittest.mock import Mock
+
+import matplotlib.pyplot as plt
+import torch
+from backpack import backpack, extend, extensions
+from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
+from backpack.extensions import (
+    GGNMP,
+    HBP,
+    HMP,
+    KFAC,
+    KFLR,
+    KFRA,
+    PCHMP,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.curvature import Curvature
+from backpack.extensions.curvmatprod.ggnmp.ggnmpbase import GGNMPBase
+from backpack.extensions.curvmatprod.hmp.hmpbase import HMPBase
+from backpack.extensions.curvmatprod.pchmp.pchmpbase import PCHMPBase
+from backpack.extensions.firstorder.batch_grad.batch_grad_base import BatchGradBase
+from backpack.extensions.firstorder.batch_l2_grad.batch_l2_base import BatchL2Base
+from backpack.extensions.firstorder.gradient.base import GradBaseModule
+from backpack.extensions.firstorder.sum_grad_squared.sgs_base import SGSBase
+from backpack.extensions.firstorder.variance.variance_base import VarianceBaseModule
+from backpack.extensions.secondorder.diag_ggn.diag_ggn_base import DiagGGNBaseModule
+from backpack.extensions.secondorder.diag_hessian.diag_h_base import DiagHBaseModule
+from backpack.extensions.secondorder.hbp.hbp_options import (
+    BackpropStrategy,
+    ExpectationApproximation,
+    LossHessianStrategy,
+)
+from backpack.extensions.secondorder.hbp.hbpbase import HBPBaseModule
+from backpack.extensions.secondorder.sqrt_ggn.base import SqrtGGNBaseModule
+from backpack.utils.subsampling import subsample
+from einops import einsum
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vjp, vmap
+
+torch.manual_seed(0)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+options = {"dtype": torch.float64, "device": device}
+
+# %%
+# The layer, once more.
+
+
+class ScaleModule(nn.Module):
+    """Multiply the input by one trainable number."""
+
+    def __init__(self, weight: float = 2.0):
+        """Store the number as a parameter of shape ``[1]``.
+
+        Args:
+            weight: Initial value. Default: ``2.0``.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight]))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Scale the input.
+
+        Args:
+            X: Input, shape ``[N, *]`` with any further axes.
+
+        Returns:
+            ``weight * X``, same shape as ``X``.
+        """
+        return self.weight * X
+
+
+# %%
+# What the extensions ask for
+# ---------------------------
+# The two classes of Part 1 each hold math of the layer (which Jacobian) and math of the
+# extension (square, sum, keep the batch axis). With 19 extensions, the second kind is
+# written 19 times, for every new layer. BackPACK separates them: the math of the
+# extension is in a base class, and the base class asks a **derivatives class** for
+# products with the layer's Jacobians. There are two Jacobians,
+# :math:`\mathrm{J}_x z_n` and :math:`\mathrm{J}_w z_n`. For the scale module,
+# :math:`z_n = w x_n`, with :math:`D` entries,
+#
+# .. math::
+#     \mathrm{J}_x z_n = w I_D, \qquad \mathrm{J}_w z_n = x_n .
+#
+# All extensions together ask for five products and one fact:
+#
+# - ``_jac_t_mat_prod``: :math:`\mathrm{J}_x^\top v`, back through the layer;
+# - ``_weight_jac_t_mat_prod``: :math:`\mathrm{J}_w^\top v`, to the parameter;
+# - ``_jac_mat_prod``: :math:`\mathrm{J}_x u`, forward through the layer;
+# - ``_weight_jac_mat_prod``: :math:`\mathrm{J}_w u`, from the parameter to the output;
+# - ``ea_jac_t_mat_jac_prod``: :math:`\frac{1}{N} \sum_n \mathrm{J}_x^\top M
+#   \mathrm{J}_x` with a square matrix :math:`M`, for KFRA;
+# - ``hessian_is_zero``: is the output linear in the input?
+#
+# The derivatives class
+# ---------------------
+# Each method receives K vectors at once, stacked along the first axis of ``mat``. The
+# batch axis comes second. A method for a parameter is named after the parameter. It can
+# be asked to sum over the batch or not, and to work on a subset, in which case ``mat``
+# has only the wanted samples and ``module.input0`` still has all of them. The gradients
+# ``g_inp`` and ``g_out`` are not needed here.
+
+
+class ScaleModuleDerivatives(BaseParameterDerivatives):
+    """Products with the Jacobians of ``ScaleModule``."""
+
+    def hessian_is_zero(self, module: ScaleModule) -> bool:
+        """Say that the output is linear in the input."""
+        return True
+
+    def _jac_t_mat_prod(self, module, g_inp, g_out, mat, subsampling=None) -> Tensor:
+        """Multiply by :math:`J_x^T`: ``[K, N, *]`` to ``[K, N, *]``."""
+        return module.weight * mat
+
+    def _jac_mat_prod(self, module, g_inp, g_out, mat) -> Tensor:
+        """Multiply by :math:`J_x`: ``[K, N, *]`` to ``[K, N, *]``."""
+        return module.weight * mat
+
+    def _weight_jac_t_mat_prod(
+        self, module, g_inp, g_out, mat, sum_batch=True, subsampling=None
+    ) -> Tensor:
+        """Multiply by :math:`J_w^T`: ``[K, N, *]`` to ``[K, N, 1]`` or ``[K, 1]``."""
+        X = subsample(module.input0, subsampling=subsampling)
+        product = einsum(mat, X, "k n ..., n ... -> k n").unsqueeze(-1)
+        return product.sum(1) if sum_batch else product
+
+    def _weight_jac_mat_prod(self, module, g_inp, g_out, mat) -> Tensor:
+        """Multiply by :math:`J_w`: ``[K, 1]`` to ``[K, N, *]``."""
+        return einsum(mat, module.input0, "k one, n ... -> k n ...")
+
+    def ea_jac_t_mat_jac_prod(self, module, g_inp, g_out, mat) -> Tensor:
+        """Average :math:`J_x^T M J_x` over samples: ``[D, D]`` to ``[D, D]``."""
+        return module.weight**2 * mat
+
+
+# %%
+# (BackPACK has a class of the same name for a module of its own that has no parameter.
+# It is not used here.)
+#
+# Each method against autodiff
+# ----------------------------
+# We call the methods under the names that the base classes use: without the underscore,
+# and ``param_mjp`` for parameters. Under these names BackPACK also checks shapes. A
+# method needs an extended layer that has seen a forward pass, and K vectors.
+
+K, N, T, D, C = 3, 6, 2, 4, 5
+derivatives = ScaleModuleDerivatives()
+
+
+def scale(w: Tensor, X: Tensor) -> Tensor:
+    """Run a ``ScaleModule`` with weight ``w``, shape ``[1]``, on any ``X``."""
+    return functional_call(ScaleModule(), {"weight": w}, X)
+
+
+def layer_and_vectors(shape: tuple[int, ...]) -> tuple[ScaleModule, Tensor, Tensor]:
+    """Return a layer after a forward pass, its input, and K vectors of this shape."""
+    layer = extend(ScaleModule(-1.3)).to(**options)
+    X = torch.randn(*shape, **options)
+    layer(X)
+    return layer, X, torch.randn(K, *shape, **options)
+
+
+# %%
+# The two products with :math:`\mathrm{J}_x`. The witnesses are ``torch.func.vjp``, and
+# for the way forward the Jacobian itself, of shape ``[N, *, N, *]``. ``vmap`` runs them
+# for K vectors.
+
+
+def jvps(jacobian: Tensor, mat: Tensor) -> Tensor:
+    """Multiply a Jacobian with each of the K vectors in ``mat``."""
+    return vmap(lambda u: torch.tensordot(jacobian, u, dims=u.ndim))(mat)
+
+
+shapes = [(N, D), (N, T, D)]
+for shape in shapes:
+    layer, X, mat = layer_and_vectors(shape)
+    forward = functools.partial(scale, layer.weight.detach())
+
+    actual = derivatives.jac_t_mat_prod(layer, None, None, mat)
+    torch.testing.assert_close(actual, vmap(vjp(forward, X)[1])(mat)[0])
+
+    actual = derivatives.jac_mat_prod(layer, None, None, mat)
+    torch.testing.assert_close(actual, jvps(jacrev(forward)(X), mat))
+    print(f"J_x and its transpose agree for {list(mat.shape)}")
+
+# %%
+# The two products with :math:`\mathrm{J}_w`, for all samples and for a subset in an
+# order of its own. The witness takes one VJP for each vector and each sample.
+
+
+def weight_vjp(w: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """Return the VJP of one sample ``x`` with ``v``, both ``[*, D]``: shape ``[1]``."""
+    return vjp(lambda w: scale(w, x), w)[1](v)[0]
+
+
+for shape in shapes:
+    layer, X, mat = layer_and_vectors(shape)
+    w = layer.weight.detach()
+    for subset in [list(range(N)), [4, 0, 2]]:
+        part = (layer, None, None, mat[:, subset])
+        vjps = vmap(vmap(weight_vjp, (None, 0, 0)), (None, None, 0))
+        expected = vjps(w, X[subset], mat[:, subset])
+        for sum_batch, result in [(False, expected), (True, expected.sum(1))]:
+            settings = {"sum_batch": sum_batch, "subsampling": subset}
+            actual = derivatives.param_mjp("weight", *part, **settings)
+            torch.testing.assert_close(actual, result)
+            print(f"J_w^T with {list(part[3].shape)}: agrees, {list(actual.shape)}")
+
+    mat = torch.randn(K, 1, **options)
+    actual = derivatives.weight_jac_mat_prod(layer, None, None, mat)
+    torch.testing.assert_close(actual, jvps(jacrev(scale)(w, X), mat))
+    print(f"J_w with {list(mat.shape)}: agrees, {list(actual.shape)}")
+
+# %%
+# The average over samples, with a matrix that is not symmetric, so that a transpose
+# would be noticed:
+
+for shape in shapes:
+    layer, X, _ = layer_and_vectors(shape)
+    X = X.flatten(1)
+    forward = functools.partial(scale, layer.weight.detach())
+    jacobians = vmap(jacrev(forward))(X)
+    mat = torch.randn(X.shape[1], X.shape[1], **options)
+
+    actual = derivatives.ea_jac_t_mat_jac_prod(layer, None, None, mat)
+    products = einsum(jacobians, mat, jacobians, "n k i, k l, n l j -> n i j")
+    torch.testing.assert_close(actual, products.mean(0))
+    print(f"The average agrees for {list(mat.shape)}")
+
+# %%
+# Last, the fact. The Hessian of an output has three parts: twice with respect to the
+# input, once to each, and twice with respect to the parameter. ``hessian_is_zero``
+# speaks about the first. About the third nobody asks: BackPACK assumes that the output
+# is linear in each parameter. The second is not zero here (the output is a product),
+# but it can't enter the block of one parameter's Hessian, and these blocks are
+# all that BackPACK computes.
+
+
+def hessian(function: Callable, argnums=0) -> Callable:
+    """Return a function for the Hessian of ``function``."""
+    return jacrev(jacrev(function, argnums), argnums)
+
+
+(H_ww, H_wx), (H_xw, H_xx) = hessian(scale, argnums=(0, 1))(w, X[0])
+for name, H in [("w, w", H_ww), ("w, x", H_wx), ("x, x", H_xx)]:
+    print(f"second derivative with respect to {name}: zero is {not H.any()}")
+
+if derivatives.hessian_is_zero(layer) is not (not H_xx.any()):
+    raise AssertionError("hessian_is_zero does not fit the layer.")
+torch.testing.assert_close(H_ww, torch.zeros_like(H_ww))
+
+# %%
+# One table for all extensions
+# ----------------------------
+# For ten extensions nothing remains to be written. Their base classes make the method
+# ``weight`` themselves, from the name of the parameter. We collect them in a table:
+# extension, and how its module extension is built from a derivatives object ``d``.
+# The Monte-Carlo (MC) extensions share a base class with the exact ones, because they
+# differ in the square root that arrives, not in what a layer does with it.
+
+build_module_extension: dict[type[BackpropExtension], Callable] = {
+    BatchGrad: lambda d: BatchGradBase(d, ["weight"]),
+    BatchL2Grad: lambda d: BatchL2Base(["weight"], d),
+    SumGradSquared: lambda d: SGSBase(d, ["weight"]),
+    Variance: lambda d: VarianceBaseModule(
+        ["weight"], GradBaseModule(d, ["weight"]), SGSBase(d, ["weight"])
+    ),
+    DiagGGNExact: lambda d: DiagGGNBaseModule(d, ["weight"], sum_batch=True),
+    DiagGGNMC: lambda d: DiagGGNBaseModule(d, ["weight"], sum_batch=True),
+    BatchDiagGGNExact: lambda d: DiagGGNBaseModule(d, ["weight"], sum_batch=False),
+    BatchDiagGGNMC: lambda d: DiagGGNBaseModule(d, ["weight"], sum_batch=False),
+    SqrtGGNExact: lambda d: SqrtGGNBaseModule(d, ["weight"]),
+    SqrtGGNMC: lambda d: SqrtGGNBaseModule(d, ["weight"]),
+}
+
+# %%
+# For the other nine the base class only backpropagates, and we write ``weight``.
+#
+# **Hessian diagonal.** The Hessian is the GGN plus a term for each nonlinear layer that
+# V passes on its way back. These terms can be negative, so they have no square
+# root. BackPACK sends a list of square roots, each with a sign. The base class adds to
+# the list if ``hessian_is_zero`` says no. For each square root we do what
+# ``DiagGGNExact`` does.
+
+
+class ScaleModuleDiagHessian(DiagHBaseModule):
+    """Compute the Hessian diagonal for ``ScaleModule``."""
+
+    def __init__(self, derivatives: BaseParameterDerivatives, sum_batch: bool):
+        """Name the parameter; say whether the batch is summed."""
+        super().__init__(derivatives, params=["weight"])
+        self.sum_batch = sum_batch
+
+    def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Compute the diagonal.
+
+        Args:
+            ext: The running extension (not needed).
+            module: The layer; ``module.input0`` has shape ``[N, *]``.
+            g_inp: Gradients with respect to the layer's inputs (not needed).
+            g_out: Gradient with respect to the layer's output (not needed).
+            V_out: ``{"matrices": [...], "signs": [...]}``, one sign for each matrix of
+                shape ``[K, N, *]``; K may differ between them.
+
+        Returns:
+            Hessian diagonal, shape ``[N, 1]``, or ``[1]`` if the batch is summed.
+        """
+        diagonal = torch.zeros(len(module.input0), 1).to(module.input0)
+        for V, sign in zip(V_out["matrices"], V_out["signs"], strict=True):
+            V_w = self.derivatives.param_mjp(
+                "weight", module, g_inp, g_out, V, sum_batch=False
+            )
+            diagonal += sign * V_w.square().sum(0)
+        return diagonal.sum(0) if self.sum_batch else diagonal
+
+
+# %%
+# **Kronecker factors.** For a linear layer the block of the GGN is large, and KFAC,
+# KFLR and KFRA approximate it by the Kronecker product of two factors. The block of the
+# scale weight is 1 by 1. So the list of factors has one element, and that
+# is the block itself. What arrives depends on the strategy of the extension: a square
+# root of the GGN with respect to the output, ``[K, N, *]``, for KFAC and KFLR; for KFRA
+# and for HBP, from which they all inherit, a matrix :math:`\bar{H}` of shape ``[D, D]``
+# that was averaged over the batch at each layer. Then the weight gets
+# :math:`\frac{1}{N} \sum_n x_n^\top \bar{H} x_n`.
+
+
+class ScaleModuleHBP(HBPBaseModule):
+    """Compute the only Kronecker factor for ``ScaleModule``."""
+
+    def __init__(self, derivatives: BaseParameterDerivatives):
+        """Name the parameter."""
+        super().__init__(derivatives, params=["weight"])
+
+    def weight(self, ext, module, g_inp, g_out, V_out) -> list[Tensor]:
+        """Compute the factor.
+
+        Args:
+            ext: The running extension; it knows the strategies.
+            module: The layer; ``module.input0`` has shape ``[N, *]``.
+            g_inp: Gradients with respect to the layer's inputs (not needed).
+            g_out: Gradient with respect to the layer's output (not needed).
+            V_out: Square root ``[K, N, *]``, or averaged matrix ``[D, D]``, where D
+                counts all features of a sample.
+
+        Returns:
+            List of one factor, shape ``[1, 1]``.
+
+        Raises:
+            NotImplementedError: If the Jacobian is to be averaged (Chen et al.).
+        """
+        if ExpectationApproximation.should_average_param_jac(ext.get_ea_strategy()):
+            raise NotImplementedError("ScaleModule: parameter Jacobian not averaged.")
+        if BackpropStrategy.is_batch_average(ext.get_backprop_strategy()):
+            X = module.input0.flatten(1)
+            return [einsum(X, V_out, X, "n i, i j, n j -> ").reshape(1, 1) / len(X)]
+        V_w = self.derivatives.param_mjp(
+            "weight", module, g_inp, g_out, V_out, sum_batch=False
+        )
+        return [einsum(V_w, V_w, "k n i, k n j -> i j")]
+
+
+# %%
+# **Matrix products.** GGNMP, HMP and PCHMP store a function that multiplies the
+# parameter's block with K vectors. What arrives is such a function as well, for the
+# layer's output. Ours goes forward with :math:`\mathrm{J}_w`, calls it,
+# and returns with :math:`\mathrm{J}_w^\top`. The three differ in ``backpropagate``
+# alone, so one method serves all.
+
+
+class WeightProduct:
+    """Multiply with the block of ``module.weight``; needs ``self.derivatives``."""
+
+    def weight(self, ext, module, g_inp, g_out, V_out) -> Callable[[Tensor], Tensor]:
+        """Build the product with the block of the weight.
+
+        Args:
+            ext: The running extension (not needed).
+            module: The layer; ``module.input0`` has shape ``[N, *]``.
+            g_inp: Gradients with respect to the layer's inputs (not needed).
+            g_out: Gradient with respect to the layer's output (not needed).
+            V_out: Function for the block of the output, ``[K, N, *]`` to ``[K, N, *]``.
+
+        Returns:
+            Function for the block of the weight, ``[K, 1]`` to ``[K, 1]``.
+        """
+
+        def product(mat: Tensor) -> Tensor:
+            d, io = self.derivatives, (module, g_inp, g_out)
+            return d.param_mjp("weight", *io, V_out(d.weight_jac_mat_prod(*io, mat)))
+
+        return product
+
+
+class ScaleModuleGGNMP(WeightProduct, GGNMPBase):
+    """Multiply with the block of the GGN."""
+
+
+class ScaleModuleHMP(WeightProduct, HMPBase):
+    """Multiply with the block of the Hessian."""
+
+
+class ScaleModulePCHMP(WeightProduct, PCHMPBase):
+    """Multiply with the block of the positive-curvature Hessian."""
+
+
+# %%
+# Nine more entries, and the table is complete.
+
+build_module_extension |= {
+    DiagHessian: lambda d: ScaleModuleDiagHessian(d, sum_batch=True),
+    BatchDiagHessian: lambda d: ScaleModuleDiagHessian(d, sum_batch=False),
+    KFAC: ScaleModuleHBP,
+    KFLR: ScaleModuleHBP,
+    KFRA: ScaleModuleHBP,
+    HBP: ScaleModuleHBP,
+    GGNMP: lambda d: ScaleModuleGGNMP(d, ["weight"]),
+    HMP: lambda d: ScaleModuleHMP(d, ["weight"]),
+    PCHMP: lambda d: ScaleModulePCHMP(d, ["weight"]),
+}
+
+missing = set(extensions.__all__) - {cls.__name__ for cls in build_module_extension}
+print(f"{len(build_module_extension)} extensions, missing: {missing or 'none'}")
+
+# %%
+# One factory builds a fresh registered object for each use, of any extension. HBP takes
+# four strategies. With these four it is like KFRA, with the Hessian in place of the
+# GGN.
+
+hbp_options = {
+    "curv_type": Curvature.HESSIAN,
+    "loss_hessian_strategy": LossHessianStrategy.SUM,
+    "backprop_strategy": BackpropStrategy.BATCH_AVERAGE,
+    "ea_strategy": ExpectationApproximation.BOTEV_MARTENS,
+}
+
+
+def make_extension(
+    extension_class: type[BackpropExtension],
+    derivatives: BaseParameterDerivatives | None = None,
+    **settings,
+) -> BackpropExtension:
+    """Build an extension that supports ``ScaleModule``.
+
+    Args:
+        extension_class: A key of ``build_module_extension``.
+        derivatives: Default: a new ``ScaleModuleDerivatives``.
+        **settings: Arguments of the extension, like ``mc_samples``.
+    """
+    if extension_class is HBP:
+        settings = hbp_options | settings
+    extension = extension_class(**settings)
+    module_extension = build_module_extension[extension_class](
+        derivatives or ScaleModuleDerivatives()
+    )
+    extension.set_module_extension(ScaleModule, module_extension)
+    return extension
+
+
+# %%
+# Networks to test with
+# ---------------------
+# Two networks, each with two scale modules: in the first a linear layer comes before
+# both, so that what goes through them is seen there; the second takes
+# ``[N, T, D]``. Both have a nonlinear layer, so that the Hessian is not the GGN. From
+# each we take the parameters whose results depend on our class: the scale weights and
+# the bias before them. These are vectors, and their blocks are small matrices.
+
+
+def make_network(kind: str, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    """Build a classifier with two scale modules.
+
+    Args:
+        kind: ``"[N, D]"`` or ``"[N, T, D]"``, the shape of its input.
+        activation: Class of the nonlinear layer.
+
+    Returns:
+        Network whose output has shape ``[N, C]``.
+    """
+    first, second = ScaleModule(1.4), ScaleModule(-0.8)
+    if kind == "[N, D]":
+        layers = [nn.Linear(D, 3), first, activation(), second, nn.Linear(3, C)]
+    else:
+        head = [nn.Flatten(), activation(), nn.Linear(T * D, C)]
+        layers = [first, second, *head]
+    return nn.Sequential(*layers).to(**options)
+
+
+names = {"[N, D]": ["0.bias", "1.weight", "3.weight"]}
+names |= {"[N, T, D]": ["0.weight", "1.weight"]}
+
+
+@dataclass
+class Case:
+    """A network, its data, and what we learn about it below."""
+
+    kind: str
+    reduction: str
+    model: nn.Sequential
+    X: Tensor
+    y: Tensor
+    witness: dict = field(default_factory=dict)
+    S: dict = field(default_factory=dict)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return one sample's loss in the total; ``output`` has shape ``[C]``."""
+        r = {"mean": 1 / len(self.X), "sum": 1.0}[self.reduction]
+        return r * nn.functional.cross_entropy(output, y)
+
+
+# %%
+# ``run`` computes one extension with BackPACK, on a copy, and returns what it finds in
+# the savefields. It sets the seed, so that Monte-Carlo extensions draw the same numbers
+# when it is called twice.
+
+
+def run(case: Case, extension: BackpropExtension) -> dict:
+    """Run one extension.
+
+    Args:
+        case: Network and data.
+        extension: A registered extension.
+
+    Returns:
+        Results by name of the parameter.
+    """
+    torch.manual_seed(1)
+    model = extend(copy.deepcopy(case.model))
+    loss_function = extend(nn.CrossEntropyLoss(reduction=case.reduction))
+    with backpack(extension):
+        loss_function(model(case.X), case.y).backward()
+    field = extension.savefield
+    return {n: getattr(p, field) for n, p in model.named_parameters()}
+
+
+# %%
+# The witness
+# -----------
+# ``torch.func`` gives four things for a parameter with p entries: each sample's
+# gradient ``[p]``, Jacobian of the network's output ``[C, p]``, and blocks of the GGN
+# and the Hessian, ``[p, p]``. All else follows from these. The factor of the reduction
+# is in the loss.
+
+
+@dataclass
+class Witness:
+    """What autodiff says about one parameter; ``r`` is in all but ``J``."""
+
+    g: Tensor
+    J: Tensor
+    ggn: Tensor
+    hessian: Tensor
+
+
+def ask_autodiff(case: Case, name: str) -> Witness:
+    """Compute gradients, Jacobians and blocks of each sample.
+
+    Args:
+        case: Network and data.
+        name: Name of a parameter with shape ``[p]``.
+
+    Returns:
+        ``g`` ``[N, p]``, ``J`` ``[N, C, p]``, ``ggn`` and ``hessian`` ``[N, p, p]``.
+    """
+    parameters = {n: p.detach() for n, p in case.model.named_parameters()}
+
+    def output(theta, x):
+        changed = parameters | {name: theta}
+        return functional_call(case.model, changed, x.unsqueeze(0)).squeeze(0)
+
+    def loss(theta, x, y):
+        return case.loss(output(theta, x), y)
+
+    data = (parameters[name], case.X, case.y)
+    g = vmap(grad(loss), (None, 0, 0))(*data)
+    H = vmap(hessian(loss), (None, 0, 0))(*data)
+    J = vmap(jacrev(output), (None, 0))(*data[:2])
+    H_loss = vmap(hessian(case.loss))(case.model(case.X).detach(), case.y)
+    return Witness(g, J, einsum(J, H_loss, J, "n c i, n c d, n d j -> n i j"), H)
+
+
+def make_case(kind: str, reduction: str, activation=nn.Tanh, samples: int = N) -> Case:
+    """Build a network and data, and ask autodiff about its parameters."""
+    X = torch.randn(samples, *{"[N, D]": (D,), "[N, T, D]": (T, D)}[kind], **options)
+    y = torch.randint(C, (samples,), device=device)
+    case = Case(kind, reduction, make_network(kind, activation), X, y)
+    case.witness = {name: ask_autodiff(case, name) for name in names[kind]}
+    return case
+
+
+cases = [make_case(kind, r) for kind in names for r in ["mean", "sum"]]
+
+# %%
+# A first look, before any extension: our network is one for which GGN and Hessian
+# differ, so a mix-up would show.
+
+for name, witness in cases[0].witness.items():
+    ggn, full = witness.ggn.sum(0)[0, 0], witness.hessian.sum(0)[0, 0]
+    print(f"{name}: first entry of the GGN {ggn:+.4f}, of the Hessian {full:+.4f}")
+
+# %%
+# ``check`` compares one extension with a formula, for all parameters of all cases, and
+# notes the largest relative distance for the table at the end.
+
+table = {}
+
+
+def check(extension_class, formula: Callable, cases=cases, **settings) -> None:
+    """Compare an extension with autodiff and note the distance.
+
+    Args:
+        extension_class: A key of ``build_module_extension``.
+        formula: Maps a case and the name of a parameter to the right result.
+        cases: Networks and data.
+        **settings: Arguments of the extension.
+
+    Raises:
+        AssertionError: If results differ.
+    """
+    distances = []
+    for case in cases:
+        extension = make_extension(extension_class, **settings)
+        results = run(case, extension)
+        for name in names[case.kind]:
+            actual, expected = results[name], formula(case, name)
+            if isinstance(actual, list):  # Kronecker factors
+                (actual,) = actual
+            if callable(actual):  # the product with all unit vectors is the matrix
+                actual = actual(torch.eye(expected.shape[1], **options))
+            label = f"{extension_class.__name__}, {case.kind}, {case.reduction}, {name}"
+            torch.testing.assert_close(
+                actual, expected, msg=lambda text, label=label: f"{label}: {text}"
+            )
+            distances.append((actual - expected).abs().max() / expected.abs().max())
+    largest = max(d.item() for d in distances)
+    result = results[names["[N, T, D]"][0]]
+    table.setdefault(extension_class, (extension.savefield, result, []))[2].append(
+        largest
+    )
+    print(f"{extension_class.__name__}: {len(distances)} results agree")
+
+
+# %%
+# Who asks for what
+# -----------------
+# Before we look at any number, we watch. Every method of a derivatives object is
+# wrapped so that it remembers whether it was called, and each extension runs once.
+
+methods = [n for n, m in vars(ScaleModuleDerivatives).items() if callable(m)]
+
+
+def methods_asked_by(extension_class: type[BackpropExtension]) -> list[bool]:
+    """Tell for each of ``methods`` whether an extension calls it."""
+    d = ScaleModuleDerivatives()
+    for method in methods:
+        setattr(d, method, Mock(wraps=getattr(d, method)))
+    results = run(cases[0], make_extension(extension_class, d))
+    for name in names["[N, D]"]:
+        if callable(results[name]):
+            results[name](torch.eye(len(cases[0].witness[name].g[0]), **options))
+    return [getattr(d, method).called for method in methods]
+
+
+asked = torch.tensor([methods_asked_by(e) for e in build_module_extension])
+if not asked.any(0).all():
+    raise RuntimeError("A method of the derivatives class is never used.")
+
+# %%
+# Two methods, the transposed products, serve fourteen extensions. The Hessian adds the
+# fact, KFRA and HBP the average, and the matrix products the way forward.
+
+families = {"first order": 4, "GGN": 6, "Hessian": 2, "Kronecker": 4, "products": 3}
+labels = [extension_class.__name__ for extension_class in build_module_extension]
+
+fig, ax = plt.subplots(figsize=(7.5, 6), layout="constrained")
+start = 0
+for color, (family, size) in enumerate(families.items()):
+    rows, columns = asked[start : start + size].nonzero(as_tuple=True)
+    ax.scatter(columns, rows + start, s=90, color=f"C{color}", label=family)
+    start += size
+ax.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
+ax.set_yticks(range(len(labels)), labels)
+ax.invert_yaxis()
+ax.grid(alpha=0.3)
+ax.set_xlabel("method of the derivatives class")
+ax.set_ylabel("extension")
+ax.set_title("What each extension asks of the derivatives class")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
+
+# %%
+# First order
+# -----------
+# All four follow from the individual gradients :math:`g_n`, which carry the factor
+# :math:`r` of the reduction: 1 for ``"sum"``, 1/N for ``"mean"``.
+
+
+def gradients(case: Case, name: str) -> Tensor:
+    """Return individual gradients, shape ``[N, p]``."""
+    return case.witness[name].g
+
+
+check(BatchGrad, gradients)
+check(BatchL2Grad, lambda *a: gradients(*a).square().sum(1))
+check(SumGradSquared, lambda *a: gradients(*a).square().sum(0))
+check(Variance, lambda *a: gradients(*a).var(0, correction=0))
+
+# %%
+# ``BatchGrad`` takes a subset:
+
+subset = [4, 0, 2]
+check(BatchGrad, lambda *a: gradients(*a)[subset], subsampling=subset)
+
+# %%
+# .. note::
+#     With ``"mean"``, squares carry :math:`1/N^2`. So ``Variance`` is **not** the
+#     variance of the samples' own gradients :math:`N g_n`; it is smaller by
+#     :math:`1/N^2`. Use ``"sum"``, or multiply.
+
+case = cases[0]
+variance = run(case, make_extension(Variance))["1.weight"]
+own_variance = (N * gradients(case, "1.weight")).var(0, correction=0)
+torch.testing.assert_close(N**2 * variance, own_variance)
+print(f"{case.reduction}: {variance.item():.2e}, own {own_variance.item():.2e}")
+
+# %%
+# The GGN, exact and sampled
+# --------------------------
+# With a square root of the loss Hessian, :math:`S S^\top`, the GGN block of a sample is
+# :math:`V V^\top` with :math:`V = \mathrm{J}^\top S`. The six GGN extensions and
+# KFLR and KFAC show V in several forms. The exact ones use the S from
+# `The GGN and its diagonal, derived <../1_scale_module/3_ggn_derivation.html>`_. The MC
+# ones draw M labels from the model's own prediction :math:`p`, and use
+# the gradients :math:`p - e_{\hat{y}}`, divided by :math:`\sqrt{M}`, as columns of S.
+#
+# So we need the S that was used. BackPACK shows it: the network's output is the last
+# bias plus something, its Jacobian with respect to this bias is the identity, and so
+# the square root of the GGN for this bias is S. No code of ours is involved.
+
+mc = {"mc_samples": 3}
+
+
+def read_S(case: Case, extension_class: type[BackpropExtension], **settings) -> Tensor:
+    """Return the square root of the loss Hessian that BackPACK starts with.
+
+    Args:
+        case: Network and data.
+        extension_class: ``SqrtGGNExact`` or ``SqrtGGNMC``.
+        **settings: Its arguments.
+
+    Returns:
+        S, shape ``[K, N, C]``, with K = C or K = ``mc_samples``.
+    """
+    results = run(case, make_extension(extension_class, **settings))
+    last_bias = list(results)[-1]
+    return results[last_bias]
+
+
+# %%
+# The exact S is a square root of the loss Hessian by autodiff. The sampled one is not.
+
+for case in cases:
+    case.S["exact"], case.S["mc"] = (
+        read_S(case, SqrtGGNExact),
+        read_S(case, SqrtGGNMC, **mc),
+    )
+    H_loss = vmap(hessian(case.loss))(case.model(case.X).detach(), case.y)
+    square = einsum(case.S["exact"], case.S["exact"], "k n c, k n d -> n c d")
+    torch.testing.assert_close(square, H_loss)
+
+square = einsum(case.S["mc"], case.S["mc"], "k n c, k n d -> n c d")
+error = (square - H_loss).norm() / H_loss.norm()
+print(f"S: {list(case.S['exact'].shape)}, sampled: {list(case.S['mc'].shape)}")
+print(f"With 3 samples, the square of the sampled S is off by {error:.0%}.")
+
+# %%
+# Given S, nothing is random. All results must agree to rounding, also for the MC
+# extensions, which draw the same labels from the same seed.
+
+
+def V(case: Case, name: str, kind: str) -> Tensor:
+    """Return :math:`V = J^T S` by autodiff, shape ``[K, N, p]``."""
+    return einsum(case.S[kind], case.witness[name].J, "k n c, n c i -> k n i")
+
+
+def block(V: Tensor) -> Tensor:
+    """Return the GGN block, shape ``[p, p]``, for ``V`` of shape ``[K, N, p]``."""
+    return einsum(V, V, "k n i, k n j -> i j")
+
+
+check(DiagGGNExact, lambda *a: V(*a, "exact").square().sum((0, 1)))
+check(DiagGGNMC, lambda *a: V(*a, "mc").square().sum((0, 1)), **mc)
+check(BatchDiagGGNExact, lambda *a: V(*a, "exact").square().sum(0))
+check(BatchDiagGGNMC, lambda *a: V(*a, "mc").square().sum(0), **mc)
+check(SqrtGGNExact, lambda *a: V(*a, "exact"))
+check(SqrtGGNMC, lambda *a: V(*a, "mc"), **mc)
+check(KFLR, lambda *a: block(V(*a, "exact")))
+check(KFAC, lambda *a: block(V(*a, "mc")), **mc)
+
+# %%
+# For the exact ones we close the circle: they are the GGN that autodiff computes from
+# Jacobians and the loss Hessian, without any S.
+
+
+def diagonal(blocks: Tensor) -> Tensor:
+    """Return the diagonals, shape ``[N, p]``, of blocks ``[N, p, p]``."""
+    return blocks.diagonal(dim1=1, dim2=2)
+
+
+check(DiagGGNExact, lambda case, name: diagonal(case.witness[name].ggn).sum(0))
+check(KFLR, lambda case, name: case.witness[name].ggn.sum(0))
+
+# %%
+# ``SqrtGGNExact`` and ``SqrtGGNMC`` take a subset. Then V has only these samples.
+
+for case in cases:
+    case.S["mc subset"] = read_S(case, SqrtGGNMC, subsampling=subset, **mc)
+
+
+def V_of_subset(case: Case, name: str) -> Tensor:
+    """Return V for the samples in ``subset``, with the labels drawn for these."""
+    J = case.witness[name].J[subset]
+    return einsum(case.S["mc subset"], J, "k n c, n c i -> k n i")
+
+
+check(SqrtGGNExact, lambda *a: V(*a, "exact")[:, subset], subsampling=subset)
+check(SqrtGGNMC, V_of_subset, subsampling=subset, **mc)
+
+# %%
+# The Monte-Carlo error
+# ---------------------
+# What remains to be tested for the MC extensions is that they estimate the right thing.
+# With a tolerance this is hopeless: it must be wide enough for the noise, and then it
+# also lets mistakes through. But we know how an unbiased mean of M independent samples
+# behaves: its error falls as :math:`1/\sqrt{M}`, without end. In a plot with
+# logarithmic axes, this is a straight line with slope :math:`-1/2`. An extension with a
+# mistake converges to something else, and its error stops falling.
+
+sample_counts, repeats = [1, 8, 64, 512], 40
+
+to_ggn = {
+    DiagGGNMC: lambda result: result.sum(),
+    BatchDiagGGNMC: lambda result: result.sum(),
+    SqrtGGNMC: lambda result: result.square().sum(),
+    KFAC: lambda result: result[0].sum(),
+}
+
+
+def mc_errors(case: Case, name: str, derivatives=None, classes=to_ggn) -> dict:
+    """Measure the error of the sampled GGN of a scale weight.
+
+    Args:
+        case: Network and data.
+        name: Name of the weight.
+        derivatives: What to register. Default: ``ScaleModuleDerivatives``.
+        classes: Which MC extensions.
+
+    Returns:
+        For each extension the relative errors (root mean square over repeats), one for
+        each number of samples.
+    """
+    model = extend(copy.deepcopy(case.model))
+    loss_function = extend(nn.CrossEntropyLoss(reduction=case.reduction))
+    weight, truth = model.get_parameter(name), case.witness[name].ggn.sum()
+    errors = torch.zeros(len(classes), len(sample_counts), repeats)
+    for m, mc_samples in enumerate(sample_counts):
+        for k in range(repeats):
+            batch = [
+                make_extension(c, derivatives, mc_samples=mc_samples) for c in classes
+            ]
+            with backpack(*batch):
+                loss_function(model(case.X), case.y).backward()
+            for c, extension in enumerate(batch):
+                estimate = to_ggn[type(extension)](getattr(weight, extension.savefield))
+                errors[c, m, k] = estimate / truth - 1
+    return dict(zip(classes, errors.square().mean(-1).sqrt(), strict=True))
+
+
+def slope(errors: Tensor) -> Tensor:
+    """Fit the slope of ``errors`` over ``sample_counts``, both logarithmic."""
+    x = torch.tensor(sample_counts).log()
+    x = x - x.mean()
+    return (x * errors.log()).sum() / x.square().sum()
+
+
+# %%
+# The fit has some noise of its own. Its standard deviation is about 0.03 for this
+# many repeats, and we allow 0.15.
+
+errors = mc_errors(cases[1], "1.weight")
+for extension_class, rms in errors.items():
+    expected = torch.tensor(-0.5)
+    torch.testing.assert_close(slope(rms), expected, atol=0.15, rtol=0)
+    print(f"{extension_class.__name__}: slope {slope(rms):.2f}")
+
+# %%
+# And a wrong one: a Jacobian that is 10 percent too large. With one sample it can't be
+# told from a right one.
+
+
+class WrongDerivatives(ScaleModuleDerivatives):
+    """Wrong on purpose: the Jacobian of the weight is 10 percent too large."""
+
+    def _weight_jac_t_mat_prod(self, *args, **settings) -> Tensor:
+        """Multiply by a wrong Jacobian, ``[K, N, *]`` to ``[K, N, 1]``."""
+        return 1.1 * super()._weight_jac_t_mat_prod(*args, **settings)
+
+
+wrong = mc_errors(cases[1], "1.weight", WrongDerivatives(), [DiagGGNMC])[DiagGGNMC]
+if abs(slope(wrong) + 0.5) < 0.15:
+    raise RuntimeError("The slope did not give the wrong class away.")
+print(f"slope {slope(wrong):.2f}")
+
+# %%
+# In the figure, the right extensions stay on the line to the end, and the error of the
+# wrong one levels off at :math:`1.1^2 - 1 = 21\,\%`.
+
+fig, ax = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+for marker, (extension_class, rms) in zip("osD^", errors.items(), strict=True):
+    ax.plot(
+        sample_counts, rms, marker, fillstyle="none", label=extension_class.__name__
+    )
+line = errors[DiagGGNMC][0] / torch.tensor(sample_counts).sqrt()
+ax.plot(sample_counts, line, color="0.4", linewidth=0.8, label=r"$\propto 1/\sqrt{M}$")
+ax.plot(
+    sample_counts, wrong, "X:", color="C5", label="DiagGGNMC, Jacobian 10% too large"
+)
+ax.set_xscale("log", base=2)
+ax.set_yscale("log")
+ax.set_xlabel("number of Monte-Carlo samples M")
+ax.set_ylabel("relative error")
+ax.set_title("The error of a right Monte-Carlo extension keeps falling")
+ax.legend()
+plt.show()
+
+# %%
+# The Hessian
+# -----------
+# Only the diagonal of the full Hessian is left to compare. Unlike the GGN it holds the
+# second derivatives of the activation behind the first scale module.
+
+check(DiagHessian, lambda case, name: diagonal(case.witness[name].hessian).sum(0))
+check(BatchDiagHessian, lambda case, name: diagonal(case.witness[name].hessian))
+
+# %%
+# Now the assumption from above, that the output is linear in the parameter. Take a
+# layer that breaks it, :math:`z_n = e^w x_n`. Both Jacobians are those of the scale
+# module with :math:`e^w` for the factor, so the derivatives class is right in every
+# product. And yet:
+
+
+class ExpScaleModule(ScaleModule):
+    """Multiply the input by the exponential of one trainable number."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Scale ``X``, shape ``[N, *]``, by ``exp(weight)``."""
+        return self.weight.exp() * X
+
+
+class WrongHessianDerivatives(ScaleModuleDerivatives):
+    """Wrong for the Hessian: the output of ``ExpScaleModule`` is not linear in w."""
+
+    def _weight_jac_t_mat_prod(self, module, *args, **settings) -> Tensor:
+        """Multiply by the transposed Jacobian, ``[K, N, *]`` to ``[K, N, 1]``."""
+        product = super()._weight_jac_t_mat_prod(module, *args, **settings)
+        return module.weight.exp() * product
+
+
+model = nn.Sequential(ExpScaleModule(0.3), nn.Linear(D, C)).to(**options)
+case = Case("[N, D]", "sum", model, cases[0].X, cases[0].y)
+witness = ask_autodiff(case, "0.weight")
+results = {}
+for extension_class in [DiagGGNExact, DiagHessian]:
+    extension = make_extension(extension_class)
+    d = WrongHessianDerivatives()
+    module_extension = build_module_extension[extension_class](d)
+    extension.set_module_extension(ExpScaleModule, module_extension)
+    results[extension_class] = run(case, extension)["0.weight"]
+
+torch.testing.assert_close(results[DiagGGNExact], diagonal(witness.ggn).sum(0))
+missing = diagonal(witness.hessian).sum(0) - results[DiagHessian]
+torch.testing.assert_close(missing, witness.g.sum(0))
+print(f"DiagHessian {results[DiagHessian].item():.4f}, missing {missing.item():.4f}")
+
+# %%
+# The GGN is right, the Hessian is not, and no error says so. What is missing is
+# :math:`\sum_n (\partial^2_w z_n)^\top \, \partial L / \partial z_n`, which here equals
+# the gradient, because :math:`\partial^2_w z_n = \partial_w z_n`. For a layer that is
+# not linear in its parameters, use the GGN, or add this term in the method for the
+# parameter.
+#
+# Kronecker factors
+# -----------------
+# ``KFLR`` and ``KFAC`` were done with the GGN. ``KFRA`` and ``HBP`` average at each
+# layer, from the loss :math:`\bar{H} = \sum_n \nabla^2 \ell_n` back to the input:
+# :math:`\bar{H} \leftarrow \frac{1}{N} \sum_n \mathrm{J}_n^\top \bar{H} \mathrm{J}_n`.
+# ``HBP`` adds, at each layer, the second derivatives of that layer weighted
+# with the gradient of its output. The witness takes the same steps with Jacobians and
+# Hessians from ``torch.func``, layer by layer.
+
+
+def averaged_blocks(case: Case, with_residual: bool) -> dict:
+    """Compute the blocks of KFRA, or of HBP with the residual, layer by layer.
+
+    Args:
+        case: Network and data.
+        with_residual: Whether to add second derivatives of the layers.
+
+    Returns:
+        For each parameter of shape ``[p]`` its block, ``[p, p]``.
+    """
+    values = [case.X.clone().requires_grad_()]
+    for layer in case.model:
+        values.append(layer(values[-1]))
+    deltas = torch.autograd.grad(vmap(case.loss)(values[-1], case.y).sum(), values[1:])
+    H = vmap(hessian(case.loss))(values[-1].detach(), case.y).sum(0)
+
+    def average(J: Tensor) -> Tensor:
+        return einsum(J, H, J, "n k i, k l, n l j -> i j") / len(J)
+
+    blocks = {}
+    for i, layer in reversed(list(enumerate(case.model))):
+        x, delta = values[i].detach().flatten(1), deltas[i].flatten(1)
+        parameters = {n: p.detach() for n, p in layer.named_parameters() if p.ndim == 1}
+
+        def call(x, parameters, layer=layer, shape=(1, *values[i].shape[1:])):
+            return functional_call(layer, parameters, x.reshape(shape)).flatten()
+
+        def weighted(x, delta, call=call):
+            return call(x, {}) @ delta
+
+        if parameters:
+            J = vmap(jacrev(call, argnums=1), (0, None))(x, parameters)
+            blocks |= {f"{i}.{name}": average(J[name]) for name in J}
+        H = average(vmap(jacrev(call), (0, None))(x, {}))
+        if with_residual:
+            H = H + vmap(hessian(weighted))(x, delta).sum(0)
+    return blocks
+
+
+check(KFRA, lambda case, name: averaged_blocks(case, with_residual=False)[name])
+check(HBP, lambda case, name: averaged_blocks(case, with_residual=True)[name])
+
+# %%
+# These are approximations: an average of products was replaced by a product of
+# averages. We can see how far they are from the GGN and the Hessian. With one sample
+# there is nothing to average, and they are exact.
+
+kfra = run(cases[0], make_extension(KFRA))["1.weight"][0]
+ggn = cases[0].witness["1.weight"].ggn.sum(0)
+print(f"{N} samples: KFRA {kfra.item():.4f}, GGN {ggn.item():.4f}")
+
+single = [make_case(kind, "mean", samples=1) for kind in names]
+check(KFRA, lambda case, name: case.witness[name].ggn.sum(0), single)
+check(HBP, lambda case, name: case.witness[name].hessian.sum(0), single)
+
+# %%
+# Matrix products
+# ---------------
+# To check a function, we multiply with all unit vectors: the result is the block.
+# ``PCHMP`` removes negative second derivatives of the layers from the Hessian. With
+# ``ReLU``, all of these are zero, and the result must be the GGN.
+
+relu_cases = [make_case(kind, r, nn.ReLU) for kind in names for r in ["mean", "sum"]]
+
+check(GGNMP, lambda case, name: case.witness[name].ggn.sum(0))
+check(HMP, lambda case, name: case.witness[name].hessian.sum(0))
+check(PCHMP, lambda case, name: case.witness[name].ggn.sum(0), relu_cases)
+
+# %%
+# .. warning::
+#     The functions read ``module.input0`` when they are called, not when they are made.
+#     For these three extensions BackPACK keeps the stored inputs after ``backward``. A
+#     second forward pass replaces them, and the function then multiplies with a matrix
+#     that belongs to neither batch.
+
+case = cases[0]
+model = extend(copy.deepcopy(case.model))
+loss_function = extend(nn.CrossEntropyLoss())
+with backpack(make_extension(GGNMP)):
+    loss_function(model(case.X), case.y).backward()
+
+unit = torch.ones(1, 1, **options)
+product = model[1].weight.ggnmp
+before = product(unit)
+torch.testing.assert_close(before, case.witness["1.weight"].ggn.sum(0))
+
+model(2 * case.X)
+print(f"before the second forward pass {before.item():.4f}")
+print(f"after the second forward pass  {product(unit).item():.4f}")
+if torch.allclose(product(unit), before):
+    raise RuntimeError("BackPACK no longer reads the inputs at the call.")
+
+# %%
+# What can't be had
+# -----------------
+# All 19 extensions support our layer. The limits lie elsewhere, and a derivatives class
+# can't move them.
+#
+# **Subsets** are an argument of three extensions. Passing one to another is an error.
+
+
+def message_of(error_class: type[Exception], call: Callable) -> str:
+    """Return the first line of the error that ``call`` must raise."""
+    try:
+        call()
+    except error_class as error:
+        return f"{error_class.__name__}: {(str(error).splitlines() or ['(no message)'])[0]}"
+    raise RuntimeError(f"No {error_class.__name__}; the page is out of date.")
+
+
+takes_subset = [
+    extension_class.__name__
+    for extension_class in build_module_extension
+    if "subsampling" in inspect.signature(extension_class).parameters
+]
+if takes_subset != ["BatchGrad", "SqrtGGNExact", "SqrtGGNMC"]:
+    raise RuntimeError("Other extensions take a subset; the page is out of date.")
+print(message_of(TypeError, lambda: make_extension(DiagGGNExact, subsampling=subset)))
+
+# %%
+# **Kronecker factors** exist for linear layers with inputs ``[N, D]`` only. In the
+# network above a ``Flatten`` came first.
+
+model = nn.Sequential(ScaleModule(), nn.Linear(D, C), nn.Flatten()).to(**options)
+case = Case("[N, T, D]", "mean", model, cases[2].X, cases[2].y)
+print(message_of(NotImplementedError, lambda: run(case, make_extension(KFLR))))
+
+# %%
+# **HBP with the Hessian** adds second derivatives only behind layers with inputs ``[N,
+# D]``. That is why ``Flatten`` comes before the activation in our network. Otherwise an
+# assertion fails, without a message.
+
+model = nn.Sequential(ScaleModule(), nn.Tanh(), nn.Flatten(), nn.Linear(T * D, C))
+case = Case("[N, T, D]", "mean", model.to(**options), cases[2].X, cases[2].y)
+print(message_of(AssertionError, lambda: run(case, make_extension(HBP))))
+
+# %%
+# **HBP with averaged Jacobians**, the strategy ``CHEN``: BackPACK's linear layer fails
+# with it, by a mistake of its own. Without a linear layer to train, the network
+# gets as far as our layer, which refuses, since it doesn't implement this.
+
+chen = {"ea_strategy": ExpectationApproximation.CHEN}
+print(message_of(TypeError, lambda: run(cases[0], make_extension(HBP, **chen))))
+
+model = copy.deepcopy(cases[2].model)
+model[-1].requires_grad_(False)
+case = Case("[N, T, D]", "mean", model, cases[2].X, cases[2].y)
+print(message_of(NotImplementedError, lambda: run(case, make_extension(HBP, **chen))))
+
+# %%
+# **PCHMP behind a curved activation** is off in BackPACK 1.7.1, without our layer and
+# without an error. The residual of a layer is its second derivative times the gradient
+# :math:`\delta` of its output. For ``Tanh`` and ``Sigmoid``, the code multiplies by
+# :math:`\delta` twice. One sample and three of BackPACK's own layers show it:
+
+model = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, C)).to(**options)
+case = Case("[N, D]", "sum", model, cases[0].X[:1], cases[0].y[:1])
+witness = ask_autodiff(case, "0.bias")
+pchmp = run(case, PCHMP(modify="clip"))["0.bias"](torch.eye(3, **options))
+
+A = torch.tanh(model[0](case.X)).detach().requires_grad_()
+delta = torch.autograd.grad(case.loss(model[2](A)[0], case.y[0]), A)[0][0]
+second = (-2 * A * (1 - A**2)).detach()[0]
+
+ggn = witness.ggn[0]
+torch.testing.assert_close(witness.hessian[0], ggn + torch.diag(second * delta))
+right = ggn + torch.diag((second * delta).clamp(min=0))
+torch.testing.assert_close(pchmp, ggn + torch.diag((second * delta**2).clamp(min=0)))
+print(f"relative error of PCHMP: {(pchmp - right).norm() / right.norm():.1%}")
+
+# %%
+# The table
+# ---------
+# What was computed, under which name it is stored, its shape for the scale weight with
+# N = 6, C = 5 and 3 MC samples, and the largest relative distance from autodiff over
+# all parameters and networks: largest absolute difference over largest absolute value.
+
+
+def describe(result) -> str:
+    """Describe a result by its shape."""
+    if isinstance(result, list):
+        return f"list of one, {list(result[0].shape)}"
+    if callable(result):
+        return "function, [K, 1] to [K, 1]"
+    return str(list(result.shape))
+
+
+print(f"{'extension':<20}{'savefield':<22}{'result':<28}distance")
+for extension_class in build_module_extension:
+    savefield, result, distances = table[extension_class]
+    line = f"{extension_class.__name__:<20}{savefield:<22}{describe(result):<28}"
+    print(f"{line}{max(distances):.0e}")
+
+# %%
+# What was verified
+# -----------------
+# Each method of the derivatives class agrees with ``torch.func``, for ``[N, D]`` and
+# ``[N, T, D]``, K vectors at once, with and without the sum over the batch, and for a
+# subset. All 19 extensions agree with autodiff in float64, at the default tolerance of
+# ``torch.testing.assert_close``, for ``mean`` and ``sum`` and with the layer first and
+# in the middle; ``KFRA`` and ``HBP`` with a witness that averages as they do,
+# and with the exact blocks for one sample. The MC extensions agree to rounding given
+# the labels that they drew, and their error falls with the slope :math:`-1/2`. The
+# limits were provoked: errors for subsets, Kronecker factors and averaged Jacobians;
+# wrong numbers for a nonlinear parameter, a second forward pass, and PCHMP with
+# ``Tanh``.
+#
+# **Next:** `A residual block: ReZero <3_residual.html>`_ puts the scale module on a
+# branch.
+#
+# BackPACK: F. Dangel, F. Kunstner, P. Hennig, "BackPACK: Packing more into Backprop",
+# ICLR 2020, `arXiv:1912.10985 <https://arxiv.org/abs/1912.10985>`_. KFAC: J. Martens
+# and R. Grosse, ICML 2015, `arXiv:1503.05671 <https://arxiv.org/abs/1503.05671>`_. KFLR
+# and KFRA: A. Botev, H. Ritter, D. Barber, ICML 2017, `arXiv:1706.03662
+# <https://arxiv.org/abs/1706.03662>`_. PCH: S.-W. Chen, C.-N. Chou, E. Y. Chang,
+# `arXiv:1802.06502 <https://arxiv.org/abs/1802.06502>`_.

@@ -1,0 +1,621 @@
+r"""
+A residual block: ReZero
+========================
+
+After this page you can put a layer of your own into a residual block so that BackPACK's
+second-order extensions get through, and you know why a plain ``+`` stops them.
+
+We will:
+
+1. derive what happens to V at the two ends of a residual block: it goes into both
+   branches, and where they meet again it is added up;
+2. write the ReZero block with modules only, and check it in first and second order;
+3. write the same with a plain ``+``, and see first order work and second order fail;
+4. see what BackPACK's converter can and can't do about it;
+5. look at the curvature of a ReZero block at the start of training.
+
+You should know ``ScaleModule`` and its two extensions: `Individual gradients
+<../1_scale_module/2_individual_gradients.html>`_ and `The GGN diagonal, backpropagated
+<../1_scale_module/4_ggn_diagonal.html>`_. The letters: N samples, D features, C
+classes, and V for the backpropagated square root of the GGN, shape ``[C, N, D]``.
+"""
+
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+from backpack import backpack, extend
+from backpack.custom_module.branching import Parallel, SumModule
+from backpack.extensions import BatchGrad, DiagGGNExact
+from backpack.extensions.firstorder.base import FirstOrderModuleExtension
+from backpack.extensions.module_extension import ModuleExtension
+from backpack.utils.subsampling import subsample
+from einops import einsum
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vjp, vmap
+
+torch.manual_seed(0)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# %%
+# The layer and its extensions
+# ----------------------------
+# These are the classes of Part 1.
+
+
+class ScaleModule(nn.Module):
+    """Multiply the input by one trainable number."""
+
+    def __init__(self, weight: float = 2.0):
+        """Store the number as a parameter of shape ``[1]``.
+
+        Args:
+            weight: Initial value. Default: ``2.0``.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight]))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Scale ``X`` of shape ``[N, *]``; the result has the same shape."""
+        return self.weight * X
+
+
+class ScaleModuleBatchGrad(FirstOrderModuleExtension):
+    """Compute individual gradients for ``ScaleModule``."""
+
+    def __init__(self):
+        """Name the parameters for which this class has a method."""
+        super().__init__(params=["weight"])
+
+    def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Compute the individual gradients of ``module.weight``, shape ``[N, 1]``."""
+        subset = ext.get_subsampling()
+        X = subsample(module.input0, subsampling=subset)
+        grad_Z = subsample(g_out[0], subsampling=subset)
+        return einsum(grad_Z, X, "n ..., n ... -> n").unsqueeze(-1)
+
+
+class ScaleModuleDiagGGNExact(ModuleExtension):
+    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+
+    def __init__(self):
+        """Name the parameters for which this class has a method."""
+        super().__init__(params=["weight"])
+
+    def weight(self, ext, module, g_inp, g_out, V_out: Tensor) -> Tensor:
+        """Compute the GGN diagonal of ``module.weight``, shape ``[1]``."""
+        V_w = einsum(V_out, module.input0, "c n ..., n ... -> c n")
+        return V_w.square().sum().reshape(1)
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out: Tensor) -> Tensor:
+        """Return V with respect to the layer's input, shape ``[C, N, *]``."""
+        return module.weight * V_out
+
+
+# %%
+# As always, a function builds a fresh registered extension for each use.
+
+
+def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
+    """Build a ``BatchGrad`` that supports ``ScaleModule``.
+
+    Args:
+        subsampling: Indices of the samples to compute. Default: all.
+    """
+    extension = BatchGrad(subsampling=subsampling)
+    extension.set_module_extension(ScaleModule, ScaleModuleBatchGrad())
+    return extension
+
+
+def make_diag_ggn() -> DiagGGNExact:
+    """Build a ``DiagGGNExact`` that supports ``ScaleModule``."""
+    extension = DiagGGNExact()
+    extension.set_module_extension(ScaleModule, ScaleModuleDiagGGNExact())
+    return extension
+
+
+# %%
+# A fork in the road of V
+# -----------------------
+# A ReZero block adds a scaled function of its input to the input,
+#
+# .. math::
+#     z = x + \alpha \, F(x) ,
+#
+# where :math:`F` is a small network and the number :math:`\alpha` is trained. It starts
+# at zero, so that the block starts as the identity. In our words, :math:`\alpha` is the
+# weight of a scale module.
+#
+# The input reaches the output on two ways, and the Jacobian is the sum over both:
+#
+# .. math::
+#     \mathrm{J}_x z = I + \alpha \, \mathrm{J}_x F
+#     \qquad \Rightarrow \qquad
+#     V_x = (\mathrm{J}_x z)^\top V_z = V_z + (\mathrm{J}_x F)^\top \, \alpha V_z .
+#
+# Read from right to left: at the sum, :math:`V_z` goes into both branches unchanged.
+# Each branch sends it through its own layers. At the fork, where both branches took the
+# same :math:`x`, the results are **added**.
+
+N, D, C = 6, 5, 4
+alpha = 0.7
+
+F = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, D)).to(device, torch.float64)
+x = torch.randn(D, dtype=torch.float64, device=device)
+V_z = torch.randn(D, C, dtype=torch.float64, device=device)
+
+J = jacrev(lambda x: x + alpha * F(x))(x)
+two_ways = V_z + jacrev(F)(x).T @ (alpha * V_z)
+torch.testing.assert_close(two_ways, J.T @ V_z)
+
+# %%
+# The picture shows the block as a computation graph.
+
+fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
+style = {"ha": "center", "va": "center"}
+places = {
+    "$x$": (0, 0),
+    "$F$": (2, 0.9),
+    "scale\n" r"$\alpha$": (4, 0.9),
+    "identity": (3, -0.9),
+    "+": (6, 0),
+    "$z$": (7.3, 0),
+}
+for text, place in places.items():
+    shape = "circle" if text in ["$x$", "$z$", "+"] else "round"
+    color = "C4" if text.startswith("scale") else "0.3"
+    box = {"boxstyle": f"{shape},pad=0.4", "fc": "white", "ec": color}
+    ax.text(*place, text, bbox=box, zorder=3, **style)
+
+ways = [
+    [(0, 0), (0.5, 0.9), (5.3, 0.9), (6, 0)],
+    [(0, 0), (0.5, -0.9), (5.3, -0.9), (6, 0)],
+    [(6, 0), (7.3, 0)],
+]
+for way in ways:
+    for start, end in zip(way[:-1], way[1:], strict=True):
+        ax.plot(*zip(start, end, strict=True), color="0.8", linewidth=6, zorder=1)
+
+arrow = {"arrowstyle": "->", "linewidth": 1.6}
+for text, (tip, tail), color in [
+    ("", [(6.9, 0.13), (6.35, 0.13)], "C0"),
+    ("", [(3.5, 1.03), (2.3, 1.03)], "C0"),
+    ("", [(1.7, 1.03), (0.6, 1.03)], "C0"),
+    ("", [(2.4, -0.77), (0.6, -0.77)], "C0"),
+    ("$V_z$", [(6.35, -0.13), (6.9, -0.13)], "C2"),
+    ("$V_z$", [(4.5, 0.77), (5.3, 0.77)], "C2"),
+    (r"$\alpha V_z$", [(2.3, 0.77), (3.5, 0.77)], "C2"),
+    (r"$\mathrm{J}_F^\top \alpha V_z$", [(0.6, 0.77), (1.7, 0.77)], "C2"),
+    ("$V_z$", [(3.6, -1.03), (5.3, -1.03)], "C2"),
+    ("$V_z$", [(0.6, -1.03), (2.4, -1.03)], "C2"),
+]:
+    ax.annotate("", tip, tail, arrowprops=arrow | {"color": color}, zorder=2)
+    middle = ((tip[0] + tail[0]) / 2, tip[1] - 0.22)
+    ax.text(*middle, text, color="black", **style)
+ax.text(-0.45, 0, r"$V_x =$ sum" "\nof both", ha="right", va="center")
+for color, label in [("C0", "data (forward)"), ("C2", "V (backward)")]:
+    ax.plot([], [], color=color, label=label)
+ax.set(xlim=(-1.8, 7.8), ylim=(-1.6, 1.4))
+ax.axis("off")
+ax.legend(loc="lower right", frameon=False)
+ax.set_title("V goes into both branches at the sum, and is added up at the fork")
+plt.show()
+
+# %%
+# The block, made of modules
+# --------------------------
+# PyTorch adds gradients at a fork by itself. For V this is BackPACK's work, and
+# BackPACK only sees modules. So fork and sum must be modules too, and BackPACK has
+# them: ``Parallel`` gives its input to each of its branches and sends what they return
+# to a ``SumModule``. The identity is a branch as well, ``nn.Identity``.
+
+
+class ReZero(Parallel):
+    """Residual block ``x + alpha * F(x)`` (Bachlechner et al., 2020)."""
+
+    def __init__(self, F: nn.Module, alpha: float = 0.0, identity_first: bool = True):
+        """Build the two branches.
+
+        Args:
+            F: Maps ``[N, D]`` to ``[N, D]``.
+            alpha: Initial weight of the scale module. Default: ``0.0``.
+            identity_first: Order of the branches, to test both. Default: ``True``.
+        """
+        branches = [nn.Identity(), nn.Sequential(F, ScaleModule(alpha))]
+        super().__init__(*(branches if identity_first else reversed(branches)))
+
+
+# %%
+# Both branches get the same tensor object :math:`x`. BackPACK stores each V under the
+# memory address of its tensor. When the second branch delivers, the place is taken, and
+# the extension is asked how to combine the two. ``DiagGGNExact`` adds:
+
+A, B = torch.randn(2, C, N, D, device=device)
+combined = DiagGGNExact().accumulate_backpropagated_quantities(A, B)
+torch.testing.assert_close(combined, A + B)
+
+# %%
+# We can look at V at the fork. The block is the whole network here, and its input
+# requires a gradient, so that BackPACK computes a V for it, which stays in the
+# extension after the pass. It must be :math:`(\mathrm{J}_x z)^\top S`. For S we take
+# the formula for cross-entropy, :math:`S = \mathrm{diag}(\sqrt{p}) - p \sqrt{p}^\top`,
+# with the softmax :math:`p` of the outputs. There are D of them, so V has D columns.
+# This compares V itself, with its sign.
+
+
+def make_F() -> nn.Sequential:
+    """Build a small network that maps ``[N, D]`` to ``[N, D]``."""
+    return nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, D))
+
+
+X = torch.randn(N, D, dtype=torch.float64, device=device)
+
+for identity_first in [True, False]:
+    block = ReZero(make_F(), alpha, identity_first).to(device, torch.float64)
+    Z, pull_back = vjp(block, X)
+    p = Z.softmax(-1)
+    S = torch.diag_embed(p.sqrt()) - einsum(p, p.sqrt(), "n d, n c -> n d c")
+    expected = vmap(pull_back)(einsum(S, "n d c -> c n d"))[0]
+
+    block, loss_function = extend(block), extend(nn.CrossEntropyLoss(reduction="sum"))
+    fork = X.clone().requires_grad_()
+    diag_ggn = make_diag_ggn()
+    with backpack(diag_ggn):
+        loss_function(block(fork), torch.zeros(N, dtype=int, device=device)).backward()
+    V_x = diag_ggn.saved_quantities.retrieve_quantity(fork.data_ptr(), delete_old=True)
+    torch.testing.assert_close(V_x, expected)
+    print(f"identity first: {identity_first!s:5}  V at the fork: {list(V_x.shape)}")
+
+# %%
+# The check
+# ---------
+# The witnesses are a loop over samples for the individual gradients, and
+# :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` of each sample for the GGN, with the
+# Jacobian J of the network and the Hessian H of the loss from ``torch.func``.
+
+
+def loop_over_samples(
+    model: nn.Module, loss_function: nn.Module, X: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """Compute the gradients of the samples' own losses, shape ``[N, *parameter]``."""
+    names = [name for name, _ in model.named_parameters()]
+    losses = [loss_function(model(X[[n]]), y[[n]]) for n in range(len(X))]
+    rows = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    columns = zip(*rows, strict=True)
+    return {k: torch.stack(g) for k, g in zip(names, columns, strict=True)}
+
+
+def ggn_diagonal_of_sample(
+    model: nn.Module, loss_function: nn.Module, x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """Compute the diagonal of the GGN of one sample's own loss.
+
+    Args:
+        model: The network, not extended.
+        loss_function: The loss, not extended.
+        x: One sample as a batch, shape ``[1, D]``.
+        y: Its class, shape ``[1]``.
+
+    Returns:
+        For each parameter its diagonal, same shape as the parameter.
+    """
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    output = functional_call(model, parameters, x)
+    C = output.numel()
+    H = jacrev(jacrev(lambda f: loss_function(f, y)))(output).reshape(C, C)
+    J = jacrev(lambda p: functional_call(model, p, x).reshape(C))(parameters)
+    return {k: einsum(j, H, j, "c ..., c k, k ... -> ...") for k, j in J.items()}
+
+
+# %%
+# One function runs the witnesses, then extends the model, and then lets BackPACK
+# compute all that was asked for. It compares every parameter of the network.
+
+
+def check(
+    model: nn.Module,
+    reduction: str = "mean",
+    first_order: bool = True,
+    second_order: bool = True,
+    use_converter: bool = False,
+) -> nn.Module:
+    """Compare BackPACK with the witnesses, for all parameters of ``model``.
+
+    Args:
+        model: The network, not extended; maps ``[N, D]`` to ``[N, C]``.
+        reduction: ``"mean"`` or ``"sum"``.
+        first_order: Whether to check ``BatchGrad``.
+        second_order: Whether to check ``DiagGGNExact``.
+        use_converter: Passed to ``extend``.
+
+    Returns:
+        The extended model.
+
+    Raises:
+        AssertionError: If any two disagree.
+    """
+    y = torch.randint(C, (N,), device=device)
+    loss_function = nn.CrossEntropyLoss(reduction=reduction)
+    r = {"mean": 1 / N, "sum": 1.0}[reduction]
+    gradients = loop_over_samples(model, loss_function, X, y)
+    samples = [(X[[n]], y[[n]]) for n in range(N)]
+    diagonals = [ggn_diagonal_of_sample(model, loss_function, *s) for s in samples]
+
+    model = extend(model, use_converter=use_converter)
+    loss_function = extend(loss_function)
+    for subset in [None, [4, 0, 2]]:
+        extensions = [make_batch_grad(subset)] if first_order else []
+        extensions += [make_diag_ggn()] if second_order else []
+        with backpack(*extensions):
+            loss_function(model(X), y).backward()
+        for name, parameter in model.named_parameters():
+            if first_order:
+                g = r * gradients[name]
+                expected = g if subset is None else g[subset]
+                torch.testing.assert_close(parameter.grad_batch, expected)
+            if second_order:
+                expected = r * sum(diagonal[name] for diagonal in diagonals)
+                torch.testing.assert_close(parameter.diag_ggn_exact, expected)
+    return model
+
+
+# %%
+# The networks hold the block first, in the middle, last, twice, and one inside another.
+# Whatever stands before a block gets its V from the fork, and whatever stands in a
+# branch from the sum.
+
+
+def make_network(name: str, identity_first: bool) -> nn.Sequential:
+    """Build a network with ReZero blocks that maps ``[N, D]`` to ``[N, C]``.
+
+    Args:
+        name: ``"first"``, ``"middle"``, ``"last"``, ``"twice"`` or ``"nested"``.
+        identity_first: Order of the branches.
+    """
+
+    def block(F: nn.Module) -> ReZero:
+        return ReZero(F, alpha, identity_first)
+
+    F_logits = nn.Sequential(nn.Linear(C, 3), nn.Sigmoid(), nn.Linear(3, C))
+    layers = {
+        "first": [block(make_F()), nn.Linear(D, C)],
+        "middle": [nn.Linear(D, D), block(make_F()), nn.Linear(D, C)],
+        "last": [nn.Linear(D, C), block(F_logits)],
+        "twice": [nn.Linear(D, D), block(make_F()), block(make_F()), nn.Linear(D, C)],
+        "nested": [nn.Linear(D, D), block(block(make_F())), nn.Linear(D, C)],
+    }[name]
+    return nn.Sequential(*layers).to(device, torch.float64)
+
+
+for name in ["first", "middle", "last", "twice", "nested"]:
+    for identity_first in [True, False]:
+        for reduction in ["mean", "sum"]:
+            check(make_network(name, identity_first), reduction)
+    print(f"{name:>6}: all agree")
+
+# %%
+# The same block with a plain +
+# -----------------------------
+# Most people would write the block like this. It computes the same.
+
+
+class PlainReZero(nn.Module):
+    """Residual block ``x + alpha * F(x)`` with a plain ``+``."""
+
+    def __init__(self, F: nn.Module, alpha: float = 0.0):
+        """Store ``F``, which maps ``[N, D]`` to ``[N, D]``, and build the scale."""
+        super().__init__()
+        self.F = F
+        self.scale = ScaleModule(alpha)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Compute the block for ``X`` of shape ``[N, D]``."""
+        return X + self.scale(self.F(X))
+
+
+def make_plain_network() -> nn.Sequential:
+    """Build a network with a ``PlainReZero`` block in the middle."""
+    layers = [nn.Linear(D, D), PlainReZero(make_F(), alpha), nn.Linear(D, C)]
+    return nn.Sequential(*layers).to(device, torch.float64)
+
+
+# %%
+# First order works. An individual gradient needs only what PyTorch brings to each
+# layer, and PyTorch knows about the sum. BackPACK warns, because ``PlainReZero`` has a
+# ``forward`` of its own, so it counts as a layer that BackPACK does not know. The
+# warning can be ignored here: the parameters belong to the layers inside, and these are
+# known.
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    check(make_plain_network(), second_order=False)
+
+texts = {str(warning.message) for warning in caught}
+[message] = [text for text in texts if "does not have an extension" in text]
+print(f"UserWarning: {message}")
+
+# %%
+# Second order does not.
+
+
+def show(error: Exception):
+    """Print the message of ``error``, up to the address of an object in memory."""
+    print(f"{type(error).__name__}: {str(error).split(' object at ')[0]}")
+
+
+try:
+    check(make_plain_network(), first_order=False)
+except AssertionError as error:
+    if "expects a backpropagation quantity" not in str(error):
+        raise
+    show(error)
+else:
+    raise RuntimeError("BackPACK gets through a plain +. This page is out of date.")
+
+# %%
+# The last linear layer stored its V under the address of :math:`z`. The next module on
+# the way back is the scale module. It asks for the V of its own output, the summand
+# :math:`\alpha F(x)`, which is another tensor. A ``SumModule`` would have copied V from
+# :math:`z` to its summands; the ``+`` has no hook and did nothing.
+#
+# Is it enough to replace the ``+`` by a ``SumModule``? Not yet: BackPACK gets further,
+# and then reaches the class that has a ``forward`` of its own.
+
+
+class PlainReZeroWithSum(PlainReZero):
+    """``PlainReZero`` with a ``SumModule`` in place of the ``+``."""
+
+    def __init__(self, F: nn.Module, alpha: float = 0.0):
+        """Store ``F``, and build the scale and the sum."""
+        super().__init__(F, alpha)
+        self.sum = SumModule()
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Compute the block for ``X`` of shape ``[N, D]``."""
+        return self.sum(X, self.scale(self.F(X)))
+
+
+model = nn.Sequential(nn.Linear(D, D), PlainReZeroWithSum(make_F()), nn.Linear(D, C))
+try:
+    check(model.to(device, torch.float64), first_order=False)
+except NotImplementedError as error:
+    show(error)
+else:
+    raise RuntimeError("BackPACK ignores own containers. This page is out of date.")
+
+# %%
+# ``extend`` puts no hook on ``Sequential``, on ``Parallel`` and on classes that inherit
+# from them. That is why ``ReZero`` above inherits from ``Parallel``. A class that
+# inherits from ``Sequential`` may even have a ``forward`` of its own, as long as this
+# calls modules and nothing else. So this works too:
+
+
+class SequentialReZero(nn.Sequential):
+    """Residual block ``x + alpha * F(x)`` with its own ``forward``."""
+
+    def __init__(self, F: nn.Module, alpha: float = 0.0):
+        """Store ``F``, which maps ``[N, D]`` to ``[N, D]``; build scale and sum."""
+        super().__init__(F, ScaleModule(alpha), SumModule())
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Compute the block for ``X`` of shape ``[N, D]``."""
+        F, scale, add = self
+        return add(X, scale(F(X)))
+
+
+model = nn.Sequential(nn.Linear(D, D), SequentialReZero(make_F(), alpha))
+check(model.append(nn.Linear(D, C)).to(device, torch.float64))
+
+# %%
+# What the converter can do
+# -------------------------
+# ``extend(..., use_converter=True)`` rewrites a network: it traces the forward pass
+# with ``torch.fx`` and replaces operations by modules, a ``+`` by a ``SumModule``. That
+# is made for residual networks. With a fixed number in place of our trained layer, it
+# works:
+
+
+class FixedReZero(nn.Module):
+    """Residual block ``x + 0.7 * F(x)``: the factor is not trained."""
+
+    def __init__(self, F: nn.Module):
+        """Store ``F``, which maps ``[N, D]`` to ``[N, D]``."""
+        super().__init__()
+        self.F = F
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Compute the block for ``X`` of shape ``[N, D]``."""
+        return X + 0.7 * self.F(X)
+
+
+model = nn.Sequential(nn.Linear(D, D), FixedReZero(make_F()), nn.Linear(D, C))
+converted = check(model.to(device, torch.float64), use_converter=True)
+
+print(*sorted({type(layer).__name__ for layer in converted.modules()}))
+
+# %%
+# The layers are in the list, with a ``SumModule`` and BackPACK's own ``ScaleModule``,
+# which multiplies by a fixed number. ``FixedReZero`` is gone: the converter has taken
+# it apart.
+
+#
+# With our layer, the conversion fails.
+
+try:
+    check(make_plain_network(), use_converter=True)
+except RuntimeError as error:
+    show(error)
+else:
+    raise RuntimeError("The converter handles ScaleModule. This page is out of date.")
+
+# %%
+# The tracer stops at PyTorch's own modules and at some of BackPACK's. Everything else
+# it enters. So it walked into ``ScaleModule.forward`` and met ``weight * X``. It knows
+# what to do with a number times a tensor, but here both factors are tensors. Had it
+# gone on, ``ScaleModule`` would have met the fate of ``FixedReZero``: taken apart, and
+# with it the class for which we registered an extension.
+#
+# Curvature at the start
+# ----------------------
+# ReZero starts with :math:`\alpha = 0`. What does the GGN see there? V on its way into
+# :math:`F` is multiplied by :math:`\alpha`, so the diagonal of all parameters in
+# :math:`F` is exactly zero. Only :math:`\alpha` itself has curvature.
+
+
+def curvature(alpha: float) -> tuple[Tensor, Tensor]:
+    """Return the GGN diagonal of ``alpha`` and the sum over the parameters of ``F``."""
+    with torch.no_grad():
+        scale.weight.fill_(alpha)
+    with backpack(make_diag_ggn()):
+        loss_function(model(X), targets).backward()
+    diagonals = [p.diag_ggn_exact.sum() for p in inner.parameters()]
+    return scale.weight.diag_ggn_exact, torch.stack(diagonals).sum()
+
+
+inner = make_F()
+block = ReZero(inner)
+scale = next(layer for layer in block.modules() if isinstance(layer, ScaleModule))
+model = nn.Sequential(nn.Linear(D, D), block, nn.Linear(D, C)).to(device, torch.float64)
+model, loss_function = extend(model), extend(nn.CrossEntropyLoss())
+targets = torch.randint(C, (N,), device=device)
+
+at_start, inside_at_start = curvature(0.0)
+torch.testing.assert_close(inside_at_start, torch.zeros_like(inside_at_start))
+print(f"GGN diagonal at the start: alpha {at_start.item():.4f}, all of F 0")
+
+# %%
+# An optimizer that divides by the curvature must add a damping term, or it divides by
+# zero. As :math:`\alpha` leaves zero, the block's inside gets its curvature.
+
+alphas = torch.linspace(-1, 1, 41).tolist()
+results = [curvature(a) for a in alphas]
+
+fig, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+for column, label in enumerate([r"$\alpha$", "all parameters of $F$ (sum)"]):
+    line = [result[column].item() for result in results]
+    ax.plot(alphas, line, color=f"C{column}", label=label)
+ax.set_xlabel(r"$\alpha$")
+ax.set_ylabel("GGN diagonal")
+ax.set_title(r"At $\alpha = 0$ only the scale weight has curvature")
+ax.legend()
+plt.show()
+
+# %%
+# What was verified
+# -----------------
+# V at the fork agrees with the VJP of the whole block, sign included. In networks with
+# the block first, in the middle, last, twice and nested, in either order of the
+# branches, for ``mean`` and ``sum``, the individual gradients of all samples and of a
+# subset, and the GGN diagonal of all parameters, agree with a loop over samples and
+# with :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`, in float64 at the default
+# tolerance of ``torch.testing.assert_close``. With a plain ``+`` the first order agrees
+# and the second raises; the converter raises on ``ScaleModule`` and works with a fixed
+# factor. At :math:`\alpha = 0` the diagonal of all parameters of :math:`F` is zero.
+#
+# **Next:** `A custom loss <4_custom_loss.html>`_: where V begins.
+#
+# ReZero: T. Bachlechner, B. P. Majumder, H. H. Mao, G. W. Cottrell, J. McAuley, "ReZero
+# is All You Need: Fast Convergence at Large Depth", 2020, `arXiv:2003.04887
+# <https://arxiv.org/abs/2003.04887>`_. BackPACK: F. Dangel, F. Kunstner, P. Hennig,
+# "BackPACK: Packing more into Backprop", ICLR 2020, `arXiv:1912.10985
+# <https://arxiv.org/abs/1912.10985>`_.

@@ -1,0 +1,1649 @@
+r"""
+Check your own layer
+====================
+
+After this page you can test the extensions of a layer of your own: put them in at one
+place, run the script, and read which method is right, which is wrong, and which mistake
+it most likely holds.
+
+We will:
+
+1. mark the place for your layer, filled with the scale module;
+2. build the right answers by autodiff, and call each method on its own;
+3. write down what the classic mistakes would return, so that they can be named;
+4. build networks, and compare what BackPACK stores in them;
+5. run everything: a table, a figure, a diagnosis;
+6. let it find the mistakes in a gallery of wrong extensions.
+
+You should know how an extension is written: see `Individual gradients
+<../1_scale_module/2_individual_gradients.html>`_ and `The GGN diagonal, backpropagated
+<../1_scale_module/4_ggn_diagonal.html>`_. The letters: N samples, T steps of a
+sequence, D features, C columns of the backpropagated square root V.
+
+To use it, download this page as a script, edit the first cell below the imports, and
+run it. It needs no other file. If a check of your layer fails, the script ends with
+an error and a non-zero exit code.
+"""
+
+import textwrap
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from backpack import backpack, extend
+from backpack.custom_module.branching import Parallel
+from backpack.extensions import BatchGrad, DiagGGNExact
+from backpack.extensions.firstorder.base import FirstOrderModuleExtension
+from backpack.extensions.module_extension import ModuleExtension
+from backpack.utils.subsampling import subsample
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+
+torch.manual_seed(0)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# %%
+# Put your module and your extensions here
+# ----------------------------------------
+# **This is the place to edit.** Replace the three classes by yours; keep the name
+# ``MY_LAYER`` and the ``Layer`` it holds. The scale module stands here as an example.
+
+
+@dataclass
+class Layer:
+    """What is to be checked.
+
+    Args:
+        make_module: Builds your module, called without arguments.
+        sample_shapes: Shapes of one sample, without the batch axis. Your module is
+            checked on all that its ``forward`` accepts.
+        batch_grad: Your extension class for ``BatchGrad``, or ``None``.
+        diag_ggn: Your extension class for ``DiagGGNExact``, or ``None``.
+    """
+
+    make_module: Callable[[], nn.Module]
+    sample_shapes: list[tuple[int, ...]]
+    batch_grad: Callable[[], ModuleExtension] | None = None
+    diag_ggn: Callable[[], ModuleExtension] | None = None
+
+
+class ScaleModule(nn.Module):
+    """Multiply the input by one trainable number."""
+
+    def __init__(self, weight: float = 2.0):
+        """Store the number as a parameter of shape ``[1]``."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight]))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Scale the input ``X`` of shape ``[N, *]``."""
+        return self.weight * X
+
+
+class ScaleModuleBatchGrad(FirstOrderModuleExtension):
+    """Compute individual gradients for ``ScaleModule``."""
+
+    def __init__(self):
+        """Name the parameters for which this class has a method."""
+        super().__init__(params=["weight"])
+
+    def weight(
+        self,
+        ext: BatchGrad,
+        module: ScaleModule,
+        g_inp: tuple[Tensor | None, ...],
+        g_out: tuple[Tensor],
+        bp: None,
+    ) -> Tensor:
+        """Compute individual gradients, shape ``[N, 1]``; ``g_out[0]``: ``[N, *]``."""
+        subset = ext.get_subsampling()
+        X = subsample(module.input0, subsampling=subset)
+        grad_Z = subsample(g_out[0], subsampling=subset)
+        return einsum(grad_Z, X, "n ..., n ... -> n").unsqueeze(-1)
+
+
+class ScaleModuleDiagGGNExact(ModuleExtension):
+    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+
+    def __init__(self):
+        """Name the parameters for which this class has a method."""
+        super().__init__(params=["weight"])
+
+    def weight(
+        self,
+        ext: DiagGGNExact,
+        module: ScaleModule,
+        g_inp: tuple[Tensor | None, ...],
+        g_out: tuple[Tensor],
+        V_out: Tensor,
+    ) -> Tensor:
+        """Compute the GGN diagonal, shape ``[1]``; ``V_out``: ``[C, N, *]``."""
+        V_w = einsum(V_out, module.input0, "c n ..., n ... -> c n")
+        return V_w.square().sum().reshape(1)
+
+    def backpropagate(
+        self,
+        ext: DiagGGNExact,
+        module: ScaleModule,
+        g_inp: tuple[Tensor | None, ...],
+        g_out: tuple[Tensor],
+        V_out: Tensor,
+    ) -> Tensor:
+        """Multiply ``V_out``, ``[C, N, *]``, with the transposed input Jacobian."""
+        return module.weight * V_out
+
+
+MY_LAYER = Layer(
+    make_module=ScaleModule,
+    sample_shapes=[(4,), (2, 4)],
+    batch_grad=ScaleModuleBatchGrad,
+    diag_ggn=ScaleModuleDiagGGNExact,
+)
+
+# %%
+# End of the place to edit. Some advice:
+#
+# - Parameters may have any shape: ``[]``, ``[1]``, vectors, matrices. Every parameter
+#   of the module needs a method in both extensions.
+# - Let features in and out differ if your layer can do that: ``make_module=lambda:
+#   LowRankLinear(4, 3, rank=2)``. Check also one with equal numbers: there, a missing
+#   transpose gives wrong numbers instead of an error, and those can be named.
+# - Images work too: ``sample_shapes=[(2, 5, 6)]`` is a batch of ``[N, 2, 5, 6]``.
+# - If your extensions do not serve ``[N, T, D]``, remove ``(2, 4)`` from the shapes.
+#
+# The right answers
+# -----------------
+# For each sample, autodiff gives the Jacobian of the flattened output with respect
+# to each parameter and to the input. All right answers, and most wrong ones, follow
+# from these Jacobians.
+#
+# Initial values hide mistakes: a factor that was forgotten does not show if it is one.
+# So the module's parameters are moved away from where they start, without a change of
+# sign. Everything is in float64.
+
+
+def build_module(layer: Layer) -> nn.Module:
+    """Build the module in float64, with parameters away from their initial values."""
+    module = layer.make_module().to(device, torch.float64)
+    with torch.no_grad():
+        for p in module.parameters():
+            away = torch.where(p < 0, -1, 1) * torch.rand_like(p)
+            p.mul_(1 + 0.3 * torch.rand_like(p)).add_(0.2 * away)
+            p.requires_grad_(True)
+    return module
+
+
+def jacobians(module: nn.Module, X: Tensor, **replaced: Tensor) -> dict[str, Tensor]:
+    """Compute per-sample Jacobians of the module by autodiff.
+
+    Args:
+        module: The module, not extended.
+        X: Input, shape ``[N, *]``.
+        replaced: Values to use in place of a parameter's own.
+
+    Returns:
+        For each parameter, and for the input as ``"input0"``, a tensor ``[N, O, I]``:
+        O entries of a sample's output, I entries of the parameter or the sample.
+    """
+    values = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
+    values |= replaced
+
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        named = dict(zip(values, parameters, strict=True))
+        return torch.func.functional_call(module, named, (x.unsqueeze(0),)).flatten()
+
+    samples = [jacobian(forward, (x, *values.values())) for x in X]
+    stacked = [torch.stack(J) for J in zip(*samples, strict=True)]
+    stacked = [J.reshape(*J.shape[:2], -1) for J in stacked]
+    return dict(zip(["input0", *values], stacked, strict=True))
+
+
+# %%
+# This treats samples one by one. It is right only if the module does so too, and if
+# its forward pass is not random. We test that first, for each shape of a sample, and
+# leave out the shapes that ``forward`` refuses.
+
+
+def accepted_shapes(layer: Layer, N: int) -> list[tuple[int, ...]]:
+    """Return the sample shapes that the module accepts, and say which it refuses."""
+    module, accepted, refused = build_module(layer), [], []
+    for shape in layer.sample_shapes:
+        X = torch.randn(N, *shape, dtype=torch.float64, device=device)
+        try:
+            Z = module(X)
+        except Exception as error:
+            refused.append(f"{list(shape)} ({type(error).__name__}: {error})")
+            continue
+        one_by_one = torch.cat([module(x.unsqueeze(0)) for x in X])
+        torch.testing.assert_close(
+            Z,
+            one_by_one,
+            msg=lambda m: f"Samples depend on each other, or forward is random: {m}",
+        )
+        accepted.append(shape)
+    if not accepted:
+        raise ValueError(f"forward refuses all shapes of a sample: {refused}")
+    for text in refused:
+        print(f"Not checked, as forward refuses it: {text}")
+    return accepted
+
+
+# %%
+# A ``Case`` is one setting in which methods are called by hand: a module, an input, and
+# random numbers for the quantities that BackPACK would bring to the layer's
+# output.
+
+EXTENSIONS = {"BatchGrad": BatchGrad, "DiagGGNExact": DiagGGNExact}
+
+
+@dataclass(eq=False)
+class Case:
+    """One setting for calling a method by hand.
+
+    Args:
+        column: Name of the setting, as a column of the table.
+        module: The module, not extended.
+        X: Input, shape ``[N, *]``.
+        C: Number of columns of V.
+        subset: Samples asked for by subsampling. Default: all.
+        first: Whether the layer stands first, so that no one needs its ``g_inp``.
+        earlier: A case that the same extension object has treated before.
+    """
+
+    column: str
+    module: nn.Module
+    X: Tensor
+    C: int
+    subset: list[int] | None = None
+    first: bool = False
+    earlier: "Case | None" = None
+
+    def __post_init__(self):
+        """Draw G, ``[N, *]``, and V, ``[C, N, *]``, for the layer's output Z."""
+        self.Z = self.module(self.X).detach()
+        self.G = torch.randn_like(self.Z)
+        self.V = self.Z.new_empty(self.C, *self.Z.shape).normal_()
+        self.rows = list(range(len(self.X))) if self.subset is None else self.subset
+
+    @cached_property
+    def J(self) -> dict[str, Tensor]:
+        """Return the per-sample Jacobians, ``[N, O, I]`` each."""
+        return jacobians(self.module, self.X)
+
+
+# %%
+# A ``Method`` is a row of the table: an extension, and the name of its method. The
+# right answers in terms of a Jacobian :math:`J_n` of sample :math:`n`, are
+#
+# - individual gradients: :math:`J_n^\top g_n`, for the samples asked for;
+# - ``backpropagate``: :math:`J_n^\top v_{cn}` for each column :math:`c`;
+# - GGN diagonal: :math:`\sum_n \sum_c (J_n^\top v_{cn})^2`.
+
+
+class Method(NamedTuple):
+    """A method of an extension; ``name`` is a parameter or ``"backpropagate"``."""
+
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        """Return ``Extension.method``."""
+        return f"{self.kind}.{self.name}"
+
+    @property
+    def variable(self) -> str:
+        """Return what the method differentiates by."""
+        return "input0" if self.name == "backpropagate" else self.name
+
+
+def vjp(J: Tensor, v: Tensor) -> Tensor:
+    """Multiply ``v``, ``[..., N, O]``, with ``J``, ``[N, O, I]``; ``[..., N, I]``."""
+    return einsum(J, v, "n o i, ... n o -> ... n i")
+
+
+def right_formula(method: Method, case: Case, J: Tensor) -> Tensor:
+    """Compute what a method should return from a Jacobian, flattened.
+
+    Args:
+        method: The method.
+        case: The setting.
+        J: Jacobian, ``[N, O, I]``. The right one, or a wrong one to see its effect.
+
+    Returns:
+        Individual gradients ``[N, I]``, V ``[C, N, I]`` or GGN diagonal ``[I]``.
+    """
+    N, O, _ = J.shape
+    if method.kind == "BatchGrad":
+        return vjp(J, case.G.reshape(N, O))[case.rows]
+    V = vjp(J, case.V.reshape(-1, N, O))
+    return V if method.name == "backpropagate" else V.square().sum((0, 1))
+
+
+def right_answer(method: Method, case: Case) -> Tensor:
+    """Compute what a method should return, in the shape it should have."""
+    flat = right_formula(method, case, case.J[method.variable])
+    if method.name == "backpropagate":
+        return flat.reshape(-1, *case.X.shape)
+    shape = getattr(case.module, method.name).shape
+    return flat.reshape((*flat.shape[:-1], *shape))
+
+
+# %%
+# To call a method as BackPACK would, we make its five arguments: the running
+# extension, the layer after a forward pass, both tuples of gradients, and V. They are
+# fresh for each call. Methods run without gradient tracking, as in a backward pass.
+
+
+def make_arguments(method: Method, case: Case) -> tuple[Any, ...]:
+    """Build the arguments ``ext, module, g_inp, g_out, V_out`` of a method."""
+    module = extend(deepcopy(case.module))
+    module(case.X.clone().requires_grad_(not case.first))
+    g_inp = vjp(case.J["input0"], case.G.reshape(len(case.X), -1))
+    g_inp = None if case.first else g_inp.reshape(case.X.shape)
+    if method.kind == "BatchGrad":
+        ext, V = BatchGrad(subsampling=case.subset), None
+    else:
+        ext, V = DiagGGNExact(), case.V.clone()
+    return ext, module, (g_inp,), (case.G.clone(),), V
+
+
+def altered_arguments(arguments: tuple[Any, ...], case: Case) -> list[str]:
+    """Name what a method changed in place, though it belongs to others."""
+    _, module, _, (G,), V = arguments
+    before_after = {
+        "g_out[0]": (case.G, G),
+        "V_out": (case.V, case.V if V is None else V),
+        "module.input0": (case.X, module.input0),
+        "module.output": (case.Z, module.output),
+    }
+    for name, parameter in case.module.named_parameters():
+        before_after[f"module.{name}"] = (parameter, module.get_parameter(name))
+    return [n for n, (old, new) in before_after.items() if not torch.equal(old, new)]
+
+
+# %%
+# Each call gives a ``Result``, one cell of the table. The comparison is
+# ``torch.testing.assert_close``, within ``1e-8`` of the largest number of the right
+# answer. A method that raises an error is a failure like any other: its message is
+# kept, and the rest goes on.
+
+TOLERANCE = 1e-8
+
+
+@dataclass(eq=False)
+class Result:
+    """Outcome of one check, a cell of the table.
+
+    Args:
+        row: Name of the row: the method, and the reduction if in a network.
+        column: Name of the setting.
+        cell: ``"ok"``, or what is wrong in one word, or the relative distance.
+        note: One line on what is wrong.
+        value: What the method returned.
+        case: The setting, for calls by hand.
+    """
+
+    row: str
+    column: str
+    cell: str = "ok"
+    note: str = ""
+    value: Any = None
+    case: Case | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Return whether the check passed."""
+        return self.cell == "ok"
+
+
+def relative_distance(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation, relative to the largest expected number."""
+    scale = expected.abs().max().clamp(min=1e-4)
+    return ((actual - expected).abs().max() / scale).item()
+
+
+def compare(actual: Any, expected: Tensor) -> tuple[str, str]:
+    """Compare what was returned with the right answer; return a cell and a note."""
+    if not isinstance(actual, Tensor):
+        return type(actual).__name__.removesuffix("Type"), f"returns {actual}"
+    if actual.shape != expected.shape:
+        shapes = f"{list(actual.shape)}, needs {list(expected.shape)}"
+        return "shape", f"returns shape {shapes}"
+    if actual.dtype != expected.dtype:
+        return "dtype", f"returns {actual.dtype} for {expected.dtype}"
+    try:
+        atol = TOLERANCE * expected.abs().max().clamp(min=1e-4).item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+    except AssertionError:
+        distance = relative_distance(actual, expected)
+        return f"{distance:.0e}", f"relative distance {distance:.2g}"
+    return "ok", ""
+
+
+def call_by_hand(
+    make_extension: Callable[[], ModuleExtension], method: Method, case: Case
+) -> Result:
+    """Call one method of a fresh extension in one setting, and judge its result."""
+    result = Result(str(method), case.column, case=case)
+    arguments = make_arguments(method, case)
+    earlier = make_arguments(method, case.earlier) if case.earlier else None
+    try:
+        call = getattr(make_extension(), method.name)
+        with torch.no_grad():
+            if earlier:
+                call(*earlier)
+            result.value = call(*arguments)
+    except Exception as error:
+        result.cell, result.note = "raises", f"{type(error).__name__}: {error}"
+        return result
+    result.cell, result.note = compare(result.value, right_answer(method, case))
+    if result.ok and (altered := altered_arguments(arguments, case)):
+        result.cell, result.note = "alters", f"changes {', '.join(altered)} in place"
+    return result
+
+
+# %%
+# The settings: a batch of N samples and of one, for each shape; a subset of the
+# samples, not in order; the layer in first place, so that ``g_inp[0]`` is ``None``;
+# and one extension object that treats two layers in turn. N and C differ from each
+# other and from all numbers of features, so that no axes can be confused by luck.
+
+
+def unused(start: int, taken: set[int]) -> int:
+    """Return the smallest number from ``start`` on that is not taken."""
+    return start if start not in taken else unused(start + 1, taken)
+
+
+def make_cases(layer: Layer) -> list[Case]:
+    """Build the settings in which methods are called by hand."""
+    taken = {size for shape in layer.sample_shapes for size in shape}
+    N = unused(5, taken)
+    C = unused(3, taken | {N})
+
+    def case(column: str, N: int, shape: tuple[int, ...], **options: Any) -> Case:
+        X = torch.randn(N, *shape, dtype=torch.float64, device=device)
+        return Case(column, build_module(layer), X, C, **options)
+
+    cases = []
+    shapes = accepted_shapes(layer, N)
+    for shape in shapes:
+        cases += [case(str([size, *shape]), size, shape) for size in (N, 1)]
+    for shape in shapes:
+        cases.append(case("subset", N, shape, subset=[N - 1, 1]))
+    cases.append(case("1st layer", N, shapes[0], first=True))
+    cases.append(case("reused", N, shapes[0], earlier=cases[0]))
+    return cases
+
+
+def settings_of(method: Method, cases: list[Case]) -> list[Case]:
+    """Return the settings that a method can meet."""
+    if method.kind == "BatchGrad":
+        return cases
+    whole = [case for case in cases if case.subset is None]
+    if method.name == "backpropagate":  # runs only if the input needs V
+        return [case for case in whole if not case.first]
+    return whole
+
+
+# %%
+# What the classic mistakes would return
+# --------------------------------------
+# A diagnosis is a hypothesis that was tested: we compute what a mistake would return,
+# and compare with what the method did return. There are three families. In the first,
+# the formula is right, but the Jacobian is wrong.
+
+
+@cache
+def varied_jacobians(case: Case) -> dict[str, dict[str, Tensor]]:
+    """Compute the module's Jacobians where they should not be taken."""
+    inputs = {
+        "uses module.output in place of module.input0": case.Z,
+        "leaves module.input0 out, as if it were 1": torch.ones_like(case.X),
+    }
+    attempts = {text: (X, {}) for text, X in inputs.items()}
+    for name, p in case.module.named_parameters(recurse=False):
+        one, called = torch.ones_like(p), "1"
+        if p.ndim == 2 and p.shape[0] == p.shape[1]:
+            one, called = torch.eye(len(p)).to(p), "the identity"
+        text = f"leaves {name} out, as if it were {called}"
+        attempts[text] = (case.X, {name: one})
+    varied = {}
+    for text, (X, replaced) in attempts.items():
+        with suppress(Exception):  # the module can not be evaluated there
+            varied[text] = jacobians(case.module, X, **replaced)
+    return varied
+
+
+def wrong_jacobians(method: Method, case: Case) -> dict[str, Tensor]:
+    """Compute Jacobians ``[N, O, I]`` as mistakes would have them, by description."""
+    wanted, J = method.variable, case.J[method.variable]
+    wrong = {
+        "pairs each sample with the input of the one before": J.roll(1, 0),
+        "pairs each sample with the input of the one behind": J.roll(-1, 0),
+        "uses the first sample's input for all": J[:1].expand_as(J),
+        "keeps what it saw in an earlier layer": (case.earlier or case).J[wanted],
+    }
+
+    for description, varied in varied_jacobians(case).items():
+        if varied[wanted].shape == J.shape:
+            wrong[description] = varied[wanted]
+    if J.shape[1] == J.shape[2]:
+        wrong["missing transpose of the Jacobian"] = J.mT
+        wrong["drops the coupling of features"] = J * torch.eye(J.shape[1]).to(J)
+        wrong["multiplies with the Jacobian twice"] = J @ J
+        inverse, failed = torch.linalg.inv_ex(J)
+        if not failed.any():
+            wrong["divides where it should multiply"] = inverse.mT
+    return wrong
+
+
+# %%
+# In the second family, the Jacobian is right, but the formula is wrong. One function
+# for each kind of method.
+
+
+def wrong_batch_grad(method: Method, case: Case) -> dict[str, Tensor]:
+    """Compute what mistakes in the formula for individual gradients would return."""
+    J, rows = case.J[method.name], case.rows
+    G = case.G.reshape(len(J), -1)
+    g, first = vjp(J, G), slice(len(rows))
+    mask = torch.zeros_like(g[:, :1])
+    mask[rows] = 1
+    products = split_features(J * G.unsqueeze(-1), case)
+    return {
+        "the subset is ignored": g,
+        "takes the first samples, not those of the subset": g[first],
+        "takes g_out at the subset, the input at the first samples": vjp(
+            J[first], G[rows]
+        ),
+        "takes the input at the subset, g_out at the first samples": vjp(
+            J[rows], G[first]
+        ),
+        "sets samples outside of the subset to zero, does not drop them": mask * g,
+        "summed over the samples: that is .grad": g[rows].sum(0),
+        "summed over the samples, then repeated": g[rows].sum(0).expand_as(g[rows]),
+        "not summed over T": products.sum(2)[rows],
+        "not summed over D": products.sum(1)[rows],
+        "not summed over T and D": products[rows],
+        "leaves g_out out": J.sum(1)[rows],
+        "sums input and g_out before the product": (J.sum(1) * G.sum(1, keepdim=True))[
+            rows
+        ],
+    }
+
+
+def split_features(products: Tensor, case: Case) -> Tensor:
+    """Split the axis O of ``[..., O, I]`` into T and D: ``[..., T, D, I]``."""
+    return rearrange(products, "... (t d) i -> ... t d i", d=case.Z.shape[-1])
+
+
+def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
+    """Compute what mistakes in the formula for the GGN diagonal would return."""
+    J = case.J[method.name]
+    N, C = len(J), case.C
+    V, G = case.V.reshape(C, N, -1), case.G.reshape(N, -1)
+    V_p, g = vjp(J, V), vjp(J, G)
+    products = split_features(J * V.unsqueeze(-1), case)
+    return {
+        "squared after the sum over samples": V_p.sum(1).square().sum(0),
+        "squared after the sum over the columns of V": V_p.sum(0).square().sum(0),
+        "squared after all sums": V_p.sum((0, 1)).square(),
+        "squared before the sum over features": products.square().sum((0, 1, 2, 3)),
+        "squared before the sum over T": products.sum(3).square().sum((0, 1, 2)),
+        "squared before the sum over D": products.sum(2).square().sum((0, 1, 2)),
+        "input and V squared and summed each on its own": (
+            J.sum(1).square() * V.sum(2).square().unsqueeze(-1)
+        ).sum((0, 1)),
+        "not squared": V_p.sum((0, 1)),
+        "takes absolute values, not squares": V_p.abs().sum((0, 1)),
+        "not summed over samples: that is BatchDiagGGNExact": V_p.square().sum(0),
+        "not summed over the columns of V": V_p.square().sum(1),
+        "not summed over samples and columns of V": V_p.square(),
+        "uses the first column of V only": V_p[0].square().sum(0),
+        "uses the first sample only": V_p[:, 0].square().sum(0),
+        "returns V of the parameter, not its squares": V_p,
+        "returns the full GGN block": einsum(V_p, V_p, "c n i, c n j -> i j"),
+        "squares gradients: g_out in place of V_out": g.square().sum(0),
+        "leaves V_out out": J.sum(1).square().sum(0),
+    }
+
+
+def wrong_backpropagate(method: Method, case: Case) -> dict[str, Tensor]:
+    """Compute what mistakes in ``backpropagate`` would return."""
+    J = case.J["input0"]
+    N, C = len(J), case.C
+    V, G = case.V.reshape(C, N, -1), case.G.reshape(N, -1)
+    V_in, g = vjp(J, V), vjp(J, G)
+    wrong = {
+        "returns V_out unchanged": V,
+        "returns the gradient": g,
+        "returns the gradient for every column": g.expand_as(V_in),
+        "summed over the columns of V": V_in.sum(0),
+        "summed over the samples": V_in.sum(1),
+    }
+    if case.X.shape == case.Z.shape:
+        X, Z = case.X.reshape(N, -1), case.Z.reshape(N, -1)
+        wrong["multiplies with module.input0, not the Jacobian"] = V * X
+        text = "takes a factor that depends on the input for a constant"
+        wrong[text] = V * (Z / X)
+    for name in set(case.J) - {"input0"}:
+        text = f"uses the Jacobian of {name}, not of the input"
+        wrong[text] = vjp(case.J[name], V)
+    return wrong
+
+
+# %%
+# The third family: right up to the last step, then something happens to the result.
+
+
+def factors_of(method: Method, case: Case) -> dict[str, int]:
+    """Return sizes that may have slipped in or out as a factor."""
+    factors = {"2": 2, "N": len(case.X), "T": prod(case.X.shape[1:-1])}
+    same = case.X.shape[-1] == case.Z.shape[-1]
+    factors["D" if same else "D of the input"] = case.X.shape[-1]
+    factors["D" if same else "D of the output"] = case.Z.shape[-1]
+    if method.kind == "BatchGrad":
+        factors["the size of the subset"] = len(case.rows)
+    else:
+        factors["C"] = case.C
+    return factors
+
+
+def wrong_last_steps(method: Method, case: Case) -> dict[str, Tensor]:
+    """Compute what mistakes at the end of a method would return."""
+    right = right_answer(method, case)
+    factors = factors_of(method, case)
+    wrong = {f"too large by a factor {name}": k * right for name, k in factors.items()}
+    wrong |= {f"too small by a factor {name}": right / k for name, k in factors.items()}
+    wrong |= {
+        "sign lost": -right,
+        "all zeros": torch.zeros_like(right),
+        "squared at the end": right.square(),
+        "square root at the end": right.abs().sqrt(),
+        "absolute value at the end": right.abs(),
+    }
+    for name, p in case.module.named_parameters(recurse=False):
+        if p.numel() == 1 or right.shape[-1:] == p.shape:
+            wrong[f"multiplied with {name} once too often"] = p.detach() * right
+    axes = {"samples": 0} if method.kind == "BatchGrad" else {}
+    features = right.shape[len(axes) :]
+    if method.name == "backpropagate":
+        axes, features = {"columns of V": 0, "samples": 1}, right.shape[2:]
+    elif len(features) > 1:
+        wrong["result transposed"] = right.mT
+    if features:
+        axes["features"] = -1
+    for name, axis in axes.items():
+        wrong[f"{name} rolled by one"] = right.roll(1, axis)
+        wrong[f"{name} rolled by minus one"] = right.roll(-1, axis)
+        wrong[f"{name} in reverse order"] = right.flip(axis)
+    return wrong
+
+
+def mistakes(method: Method, case: Case) -> dict[str, Tensor]:
+    """Compute what each known mistake would return in one setting."""
+    by_jacobian = {
+        description: right_formula(method, case, J)
+        for description, J in wrong_jacobians(method, case).items()
+    }
+    if method.kind == "BatchGrad":
+        by_formula = wrong_batch_grad(method, case)
+    elif method.name == "backpropagate":
+        by_formula = wrong_backpropagate(method, case)
+    else:
+        by_formula = wrong_diag_ggn(method, case)
+    return by_jacobian | by_formula | wrong_last_steps(method, case)
+
+
+# %%
+# The diagnosis
+# -------------
+# A mistake is named only if it predicts what the method returned **in every setting**,
+# those that pass included: a factor N does no harm to a batch of one sample, so the
+# setting with N = 1 must be right. If two mistakes can not be told apart for this
+# layer, both are named. If none fits, the diagnosis is "unknown", with the numbers.
+
+
+def same_numbers(actual: Tensor, predicted: Tensor) -> bool:
+    """Return whether the numbers agree in their order, whatever the shapes."""
+    if actual.numel() != predicted.numel():
+        return False
+    actual, predicted = actual.flatten(), predicted.flatten()
+    return relative_distance(actual, predicted) < TOLERANCE
+
+
+def fitting_mistakes(method: Method, results: list[Result]) -> list[str]:
+    """Return the descriptions that predict the values of all results."""
+    predictions = [mistakes(method, result.case) for result in results]
+
+    def fits(description: str) -> bool:
+        return all(
+            same_numbers(result.value, predicted[description])
+            if description in predicted
+            else result.ok
+            for result, predicted in zip(results, predictions, strict=True)
+        )
+
+    return [text for text in predictions[0] if fits(text)]
+
+
+# %%
+# If no known mistake fits, some patterns are still worth a name: a wrong shape only, a
+# constant factor, a constant offset, the right numbers in another order.
+
+
+def misses_coupling(results: list[Result]) -> bool:
+    """Return whether V was scaled entry by entry, while the Jacobian couples them."""
+    for result in results:
+        case, J = result.case, result.case.J["input0"]
+        if case.X.shape != case.Z.shape or torch.equal(
+            J, J * torch.eye(len(J[0])).to(J)
+        ):
+            return False
+        scale = result.value / case.V
+        if not relative_distance(scale, scale[:1].expand_as(scale)) < TOLERANCE:
+            return False
+    return True
+
+
+def fitting_patterns(method: Method, results: list[Result]) -> list[str]:
+    """Describe how the values of all results differ from the right answers."""
+    expected = [right_answer(method, result.case) for result in results]
+    pairs = [(r.value, e) for r, e in zip(results, expected, strict=True)]
+    if any(a.shape != e.shape for a, e in pairs):
+        return []
+    factors = torch.stack([(a * e).sum() / e.square().sum() for a, e in pairs])
+    offsets = torch.stack([(a - e).mean() for a, e in pairs])
+    factor, offset = factors.mean(), offsets.mean()
+    if all(same_numbers(a, factor * e) for a, e in pairs):
+        return [f"wrong by a constant factor {factor:.6g}"]
+    if all(same_numbers(a, offset + e) for a, e in pairs):
+        return [f"wrong by a constant offset {offset:.6g}"]
+    if all(same_numbers(a.flatten().msort(), e.flatten().msort()) for a, e in pairs):
+        return ["the right numbers in a wrong order"]
+    if method.name == "backpropagate" and misses_coupling(results):
+        return ["treats each feature on its own: the coupling is missing"]
+    return []
+
+
+# %%
+# Where a method fails says something as well. And an extension may rely on what its
+# parameter methods have stored: BackPACK skips these for frozen parameters.
+
+
+def where(results: list[Result]) -> str:
+    """Say what the failing settings have in common, and the others do not."""
+    common = {
+        "with a subset (slice g_out[0] and module.input0, both)": lambda c: c.subset,
+        "in first place, where g_inp[0] is None": lambda c: c.first,
+        "when the extension has treated another layer before": lambda c: c.earlier,
+        "for [N, T, D]": lambda c: c.X.ndim > 2,
+        "for [N, D]": lambda c: c.X.ndim == 2,
+        "for a batch of one sample": lambda c: len(c.X) == 1,
+        "for more than one sample": lambda c: len(c.X) > 1,
+    }
+    failing = [not result.ok for result in results]
+    for text, holds in common.items():
+        if failing == [bool(holds(r.case)) for r in results] and not all(failing):
+            return f" only {text}"
+    return "" if all(failing) else f" in {failing.count(True)} of {len(failing)} cases"
+
+
+def needs_parameter_methods(layer: Layer, method: Method, case: Case) -> bool:
+    """Return whether ``backpropagate`` is right after the parameter methods only."""
+    if method.name != "backpropagate":
+        return False
+    arguments = make_arguments(method, case)
+    try:
+        extension = layer.diag_ggn()
+        for name, _ in case.module.named_parameters(recurse=False):
+            with torch.no_grad():
+                getattr(extension, name)(*arguments)
+        value = extension.backpropagate(*arguments)
+    except Exception:
+        return False
+    return compare(value, right_answer(method, case))[0] == "ok"
+
+
+# %%
+# All together: what a reader of the report sees for a method that fails.
+
+
+def diagnose(layer: Layer, method: Method, results: list[Result]) -> str:
+    """Name what is wrong with a method, from all results of calls by hand."""
+    failing = [result for result in results if not result.ok]
+    first = failing[0]
+    if not first.case.earlier and needs_parameter_methods(layer, method, first.case):
+        return "relies on the parameter methods, which are skipped if frozen"
+    raising = [result for result in failing if result.cell == "raises"]
+    if raising:
+        return f"raises{where(results)}: {raising[0].note}"
+    if not all(isinstance(result.value, Tensor) for result in failing):
+        return first.note
+    if any(result.cell in ("dtype", "alters") for result in failing):
+        return first.note
+    right = [right_answer(method, result.case) for result in results]
+    if all(same_numbers(r.value, e) for r, e in zip(results, right, strict=True)):
+        return f"{first.note}; the numbers are right"
+    named = fitting_mistakes(method, results) or fitting_patterns(method, results)
+    if named:
+        return " OR ".join(named)
+    numbers = f"{first.column}: {first.note}"
+    if first.cell != "shape":
+        actual = first.value.flatten()[:3].tolist()
+        expected = right_answer(method, first.case).flatten()[:3].tolist()
+        shown = [", ".join(f"{v:.4g}" for v in vs) for vs in (actual, expected)]
+        numbers += f", returns {shown[0]} ... for {shown[1]} ..."
+    return f"unknown, wrong{where(results)}; {numbers}"
+
+
+# %%
+# One function runs all calls by hand. It finds out first whether the methods exist.
+
+
+def methods_of(layer: Layer) -> list[Method]:
+    """List the methods that the layer's extensions should have."""
+    names = [n for n, _ in build_module(layer).named_parameters(recurse=False)]
+    first = [Method("BatchGrad", name) for name in names]
+    second = [Method("DiagGGNExact", name) for name in [*names, "backpropagate"]]
+    return (first if layer.batch_grad else []) + (second if layer.diag_ggn else [])
+
+
+def factory_of(layer: Layer, kind: str) -> Callable[[], ModuleExtension]:
+    """Return what builds the layer's extension for ``BatchGrad`` or the GGN."""
+    return layer.batch_grad if kind == "BatchGrad" else layer.diag_ggn
+
+
+def problem_with(layer: Layer, method: Method) -> tuple[str, str] | None:
+    """Return a cell and a note if a method can not be called at all."""
+    try:
+        extension = factory_of(layer, method.kind)()
+    except Exception as error:
+        return "raises", f"can not be built: {type(error).__name__}: {error}"
+    found = getattr(extension, method.name, None)
+    inherited = getattr(ModuleExtension, method.name, None)
+    if found is None or getattr(found, "__func__", None) is inherited:
+        return "missing", f"the method {method.name} is missing"
+    return None
+
+
+def check_by_hand(
+    layer: Layer, cases: list[Case]
+) -> tuple[list[Result], dict[str, str]]:
+    """Call all methods in all settings; return results and diagnoses by method."""
+    results, diagnoses = [], {}
+    for method in methods_of(layer):
+        settings = settings_of(method, cases)
+        problem = problem_with(layer, method)
+        if problem:
+            results += [Result(str(method), c.column, *problem) for c in settings]
+            diagnoses[str(method)] = problem[1]
+            continue
+        make_extension = factory_of(layer, method.kind)
+        of_method = [call_by_hand(make_extension, method, c) for c in settings]
+        results += of_method
+        if not all(result.ok for result in of_method):
+            diagnoses[str(method)] = diagnose(layer, method, of_method)
+    return results, diagnoses
+
+
+# %%
+# In networks
+# -----------
+# Methods that are right on their own may still fail together: one may not be
+# listed in ``super().__init__(params=[...])``, or use a graph that is gone in a
+# backward pass. So we also let BackPACK call them, in networks. What ``backpropagate``
+# returns shows in the GGN diagonal of the layers before, and in V of the network's
+# input if that requires a gradient.
+
+
+@dataclass(eq=False)
+class Network:
+    """A network that holds the layer, with data.
+
+    Args:
+        column: Name of the setting, as a column of the table.
+        net: The network, not extended; its output has shape ``[N, C]``.
+        layer_type: Class of the layer.
+        X: Input, shape ``[N, *]``.
+        loss: Class of the loss.
+        subset: Samples asked for by subsampling. Default: all.
+        needs_grad: Whether the input requires a gradient.
+        frozen: Names of the layer's parameters that are not trained.
+    """
+
+    column: str
+    net: nn.Sequential
+    layer_type: type[nn.Module]
+    X: Tensor
+    loss: type[nn.Module] = nn.CrossEntropyLoss
+    subset: list[int] | None = None
+    needs_grad: bool = False
+    frozen: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        """Compute the output, ``[N, C]``, and draw targets; freeze parameters."""
+        self.net = self.net.to(device, torch.float64)
+        self.F = self.net(self.X).detach()
+        self.y = torch.randn_like(self.F)
+        if self.loss is nn.CrossEntropyLoss:
+            self.y = self.y.argmax(1)
+        self.own = {}
+        for path, module in self.net.named_modules():
+            if type(module) is self.layer_type:
+                for name, p in module.named_parameters(recurse=False):
+                    self.own[f"{path}.{name}"] = name
+                    p.requires_grad_(name not in self.frozen)
+
+    @cached_property
+    def J(self) -> dict[str, Tensor]:
+        """Return Jacobians ``[N, C, p]`` for all parameters and for the input."""
+        values = {name: p.detach() for name, p in self.net.named_parameters()}
+
+        def forward(X: Tensor, *parameters: Tensor) -> Tensor:
+            named = dict(zip(values, parameters, strict=True))
+            return torch.func.functional_call(self.net, named, (X,))
+
+        J = jacobian(forward, (self.X, *values.values()))
+        return {
+            name: j.reshape(*self.F.shape, -1)
+            for name, j in zip(["input0", *values], J, strict=True)
+        }
+
+
+# %%
+# The networks: the layer first, with and without a gradient for the input; in the
+# middle; last, with another loss; two copies side by side; each parameter frozen in
+# turn and all; a subset; a single sample. ``Linear`` acts on the last axis, so these
+# networks serve samples of any shape.
+
+
+def networks_for(layer: Layer, shape: tuple[int, ...], N: int, C: int) -> list[Network]:
+    """Build networks that hold the layer, for one shape of a sample."""
+    module = build_module(layer)
+
+    def data(size: int, *shape: int) -> Tensor:
+        return torch.randn(size, *shape, dtype=torch.float64, device=device)
+
+    def encoder() -> list[nn.Module]:
+        return [nn.Linear(3, shape[-1]), nn.Tanh()]
+
+    def decoder() -> list[nn.Module]:
+        return [nn.Flatten(), nn.Linear(module(data(1, *shape)).numel(), C)]
+
+    def network(column: str, *modules: nn.Module, **options: Any) -> Network:
+        options = {"X": data(N, *shape[:-1], 3)} | options
+        return Network(column, nn.Sequential(*modules), type(module), **options)
+
+    def middle(column: str, **options: Any) -> Network:
+        new = build_module(layer)
+        return network(column, *encoder(), new, *decoder(), **options)
+
+    copies = Parallel(build_module(layer), build_module(layer))
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    frozen = [[name] for name in names] + ([names] if len(names) > 1 else [])
+    return [
+        network("first", build_module(layer), *decoder(), X=data(N, *shape)),
+        network("input", module, *decoder(), X=data(N, *shape), needs_grad=True),
+        middle("middle"),
+        network("last", *encoder(), module, nn.Flatten(), loss=nn.MSELoss),
+        network("copies", *encoder(), copies, *decoder()),
+        middle("subset", subset=[N - 1, 1]),
+        middle("N = 1", X=data(1, *shape[:-1], 3)),
+        *[middle("frozen", frozen=names) for names in frozen],
+    ]
+
+
+def make_networks(layer: Layer, cases: list[Case]) -> list[Network]:
+    """Build networks for all shapes that the cases have."""
+    shapes = dict.fromkeys(tuple(case.X.shape[1:]) for case in cases)
+    N, C = len(cases[-1].X), cases[-1].C
+    return [n for shape in shapes for n in networks_for(layer, shape, N, C)]
+
+
+# %%
+# The right answers need the network's Jacobian :math:`J_n` for each sample, and two
+# derivatives of the loss with respect to the network's output :math:`f_n`: the
+# gradient, and the Hessian :math:`H_n`. The individual gradient is :math:`J_n^\top
+# \partial L / \partial f_n`, the GGN is :math:`\sum_n J_n^\top H_n J_n`. Samples do
+# not meet in the loss, so all :math:`H_n` follow from the gradient summed over samples,
+# differentiated once more.
+
+
+@cache
+def loss_derivatives(network: Network, reduction: str) -> tuple[Tensor, Tensor]:
+    """Differentiate the loss by the network's output, with autodiff.
+
+    Args:
+        network: The network.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        Gradient, shape ``[N, C]``, and Hessians, shape ``[C, N, C]``.
+    """
+    loss = network.loss(reduction=reduction)
+
+    def summed_gradient(F: Tensor) -> Tensor:
+        (G,) = torch.autograd.grad(loss(F, network.y), F, create_graph=True)
+        return G.sum(0)
+
+    return jacobian(lambda F: loss(F, network.y), network.F), jacobian(
+        summed_gradient, network.F
+    )
+
+
+@cache
+def expected_in(network: Network, kind: str, reduction: str) -> dict[str, Tensor]:
+    """Compute by autodiff what BackPACK should store.
+
+    Args:
+        network: The network.
+        kind: ``"BatchGrad"`` or ``"DiagGGNExact"``.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        By parameter name, and ``"input0"`` for the network's input: individual
+        gradients, ``[N, *]``, or the GGN diagonal, in the parameter's shape.
+    """
+    G, H = loss_derivatives(network, reduction)
+    tensors = {"input0": network.X, **dict(network.net.named_parameters())}
+    expected = {}
+    for name, tensor in tensors.items():
+        J = network.J[name]
+        if kind == "BatchGrad":
+            g = einsum(J, G, "n c p, n c -> n p")[network.subset or slice(None)]
+            expected[name] = g.reshape(-1, *tensor.shape)
+        else:
+            diagonal = einsum(J, H, J, "n c p, c n d, n d p -> p")
+            expected[name] = diagonal.reshape(tensor.shape)
+    return expected
+
+
+# %%
+# BackPACK's answer, with a fresh extension for each use.
+
+
+def make_registered(
+    layer: Layer, kind: str, layer_type: type[nn.Module], subset: list[int] | None
+) -> BatchGrad | DiagGGNExact:
+    """Build BackPACK's extension, with the layer's own extension registered."""
+    extension = BatchGrad(subset) if kind == "BatchGrad" else DiagGGNExact()
+    own = factory_of(layer, kind)()
+    extension.set_module_extension(layer_type, own, overwrite=True)
+    return extension
+
+
+def run_backpack(
+    layer: Layer, network: Network, kind: str, reduction: str
+) -> dict[str, Tensor | None]:
+    """Run BackPACK on a copy of the network; return what it stored, by name."""
+    extension = make_registered(layer, kind, network.layer_type, network.subset)
+    net, loss = extend(deepcopy(network.net)), extend(network.loss(reduction=reduction))
+    X = network.X.clone().requires_grad_(network.needs_grad)
+    with backpack(extension):
+        loss(net(X), network.y).backward()
+    stored = {
+        name: getattr(p, extension.savefield, None)
+        for name, p in net.named_parameters()
+        if p.requires_grad
+    }
+    if kind == "DiagGGNExact" and network.needs_grad:
+        V = extension.saved_quantities.retrieve_quantity(X.data_ptr(), True)
+        stored["input0"] = None if V is None else V.square().sum(0)
+    return stored
+
+
+# %%
+# Compare, and assign each comparison to a method: the GGN diagonal of the input and of
+# layers other than ours depends on ``backpropagate``. If an error is raised, the
+# traceback tells in which method of the extension.
+
+
+def method_that_raised(error: Exception, names: list[str]) -> str | None:
+    """Return the name of the extension's method in which an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f.name for f in frames if f.name in names]
+    if "expects a backpropagation quantity" in str(error):
+        return "backpropagate"
+    return inside[-1] if inside else None
+
+
+def check_in_network(layer: Layer, network: Network, kind: str) -> list[Result]:
+    """Compare what BackPACK stores in one network with autodiff."""
+    names = [m.name for m in methods_of(layer) if m.kind == kind]
+    results = []
+    for reduction in ["mean", "sum"]:
+        try:
+            stored = run_backpack(layer, network, kind, reduction)
+        except Exception as error:
+            guilty = method_that_raised(error, names)
+            note = f"{type(error).__name__}: {error}"
+            for name in [guilty] if guilty else names:
+                row = f"{Method(kind, name)} {reduction}"
+                results.append(Result(row, network.column, "raises", note))
+            continue
+        expected = expected_in(network, kind, reduction)
+        for name, value in stored.items():
+            method = Method(kind, network.own.get(name, "backpropagate"))
+            if method.name not in names:
+                continue  # BatchGrad of layers other than ours
+            row, missing = f"{method} {reduction}", ("missing", "nothing is stored")
+            verdict = missing if value is None else compare(value, expected[name])
+            results.append(Result(row, network.column, *verdict))
+    return results
+
+
+# %%
+# A method that is right by hand and wrong in a network gets a diagnosis of its own.
+
+
+def diagnose_network(method: Method, failing: list[Result]) -> str:
+    """Say what is wrong with a method that fails in networks only."""
+    first = failing[0]
+    columns = ", ".join(dict.fromkeys(result.column for result in failing))
+    if first.cell == "missing":
+        return f"not listed: super().__init__(params=[..., {method.name!r}])"
+    return f"right by hand, but in networks ({columns}) {first.cell}: {first.note}"
+
+
+def check_networks(
+    layer: Layer, networks: list[Network], explained: dict[str, str]
+) -> tuple[list[Result], dict[str, str]]:
+    """Run all networks; return results, and diagnoses of what is not yet explained."""
+    results, diagnoses = [], {}
+    for kind in EXTENSIONS:
+        if factory_of(layer, kind):
+            for network in networks:
+                if kind == "BatchGrad" or network.subset is None:
+                    results += check_in_network(layer, network, kind)
+    for method in methods_of(layer):
+        rows = [f"{method} {reduction}" for reduction in ("mean", "sum")]
+        failing = [r for r in results if r.row in rows and not r.ok]
+        mended_first = any(text.startswith(method.kind) for text in explained)
+        if failing and (failing[0].cell == "missing" or not mended_first):
+            diagnoses[str(method)] = diagnose_network(method, failing)
+    return results, diagnoses
+
+
+# %%
+# The report
+# ----------
+# Results with the same row and column are one cell of the table; the worst one is
+# shown. A dot stands for a setting that a method can not meet.
+
+
+@dataclass
+class Report:
+    """All results of a layer, and the diagnoses by method."""
+
+    by_hand: list[Result]
+    in_networks: list[Result]
+    diagnoses: dict[str, str]
+
+    def __str__(self) -> str:
+        """Return the tables and the diagnosis."""
+        parts = ["Each method by hand", format_table(self.by_hand), ""]
+        parts += ["In networks", format_table(self.in_networks), ""]
+        results = self.by_hand + self.in_networks
+        passed = sum(result.ok for result in results)
+        parts.append(f"{passed} of {len(results)} checks passed.")
+        return "\n".join([*parts, *self.diagnosis()])
+
+    def diagnosis(self) -> list[str]:
+        """Return one text for each method that failed, in lines of 88 characters."""
+        texts = [f"{row}: {text}" for row, text in self.diagnoses.items()]
+        return [textwrap.fill(t, 88, subsequent_indent="    ") for t in texts]
+
+    def raise_if_failed(self) -> None:
+        """Raise an error that says what is wrong, if any check failed."""
+        if not all(result.ok for result in self.by_hand + self.in_networks):
+            raise AssertionError("\n".join(["Checks failed.", *self.diagnosis()]))
+
+
+def cells_of(results: list[Result]) -> tuple[list[str], list[str], dict]:
+    """Return rows, columns, and the worst cell for each pair of them."""
+    columns = list(dict.fromkeys(result.column for result in results))
+    methods = list(dict.fromkeys(result.row.split()[0] for result in results))
+    rows = list(dict.fromkeys(result.row for result in results))
+    rows.sort(key=lambda row: methods.index(row.split()[0]))
+    cells = {}
+    for result in results:
+        key = (result.row, result.column)
+        if key not in cells or cells[key] == "ok":
+            cells[key] = result.cell
+    return rows, columns, cells
+
+
+def format_table(results: list[Result]) -> str:
+    """Write the cells as a table, under a heading for each extension."""
+    rows, columns, cells = cells_of(results)
+    width = max((len(row.split(".")[1]) for row in rows), default=0) + 2
+    cell_width = max(len(text) for text in [*columns, *cells.values(), ""]) + 1
+    lines, kind = [], ""
+    for row in rows:
+        if not row.startswith(f"{kind}.") or not kind:
+            kind = row.split(".")[0]
+            titles = "".join(f"{column:>{cell_width}}" for column in columns)
+            lines.append(f"{kind:<{width}}{titles}")
+        texts = [cells.get((row, column), ".") for column in columns]
+        cells_text = "".join(f"{text:>{cell_width}}" for text in texts)
+        lines.append(f"  {row.split('.')[1]:<{width - 2}}{cells_text}")
+    return "\n".join(lines)
+
+
+def check(
+    layer: Layer,
+    cases: list[Case] | None = None,
+    networks: list[Network] | None = None,
+) -> Report:
+    """Run all checks of a layer.
+
+    Args:
+        layer: The layer.
+        cases: Settings for calls by hand. Default: new ones.
+        networks: Networks that hold the layer. Default: new ones.
+
+    Returns:
+        All results, and a diagnosis for each method that failed.
+    """
+    cases = make_cases(layer) if cases is None else cases
+    networks = make_networks(layer, cases) if networks is None else networks
+    by_hand, diagnoses = check_by_hand(layer, cases)
+    in_networks, more = check_networks(layer, networks, diagnoses)
+    return Report(by_hand, in_networks, more | diagnoses)
+
+
+# %%
+# Your layer
+# ----------
+# This runs all checks of ``MY_LAYER`` and prints the report. A cell is ``ok``, or the
+# relative distance from the right answer, or a word: ``shape``, ``raises``,
+# ``missing``, ``None``. In networks, ``input`` is the layer first with an input that
+# requires a gradient, and ``copies`` two of the layer side by side.
+
+report = check(MY_LAYER)
+print(report)
+
+# %%
+# The same as a picture.
+
+
+def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
+    """Draw the table of results as a matrix of colored cells."""
+    rows, columns, cells = cells_of(results)
+    for (row, column), text in cells.items():
+        x, y = columns.index(column), rows.index(row)
+        color = "C0" if text == "ok" else "C1"
+        box = plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fc=color, alpha=0.6, ec="white")
+        ax.add_patch(box)
+        ax.text(x, y, text, ha="center", va="center")
+    ax.set_xlim(-0.5, len(columns) - 0.5)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    ax.set_yticks(range(len(rows)), [row.split(".")[1] for row in rows])
+    ax.set_title(title)
+
+
+fig, axes = plt.subplots(2, 1, figsize=(7.5, 5.5), layout="constrained")
+draw(axes[0], report.by_hand, "Each method by hand")
+draw(axes[1], report.in_networks, "In networks")
+plt.show()
+
+# %%
+# If a check failed, the script ends here, with the diagnosis.
+
+report.raise_if_failed()
+
+# %%
+# All that follows shows the tool at work. You can delete it from your copy.
+#
+# A layer with more to go wrong
+# -----------------------------
+# A linear layer with a matrix, a bias, and a gain of shape ``[]``:
+# :math:`z_n = \gamma W x_n + b`. Its individual gradients, for a gradient
+# :math:`g_n` that arrives at the output, are :math:`\gamma g_n x_n^\top` for
+# the matrix, :math:`g_n` for the bias, and :math:`g_n^\top W x_n` for the gain.
+
+
+class ScaledLinear(nn.Module):
+    """Linear layer with a trainable gain: matrix, vector and scalar parameter."""
+
+    def __init__(self, D_in: int, D_out: int):
+        """Store a matrix ``[D_out, D_in]``, a bias ``[D_out]`` and a gain ``[]``."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D_out, D_in))
+        self.bias = nn.Parameter(torch.zeros(D_out))
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Map ``[N, *, D_in]`` to ``[N, *, D_out]``."""
+        return self.gain * X @ self.weight.mT + self.bias
+
+
+class ScaledLinearBatchGrad(FirstOrderModuleExtension):
+    """Compute individual gradients for ``ScaledLinear``."""
+
+    def __init__(self):
+        """Name the parameters for which this class has a method."""
+        super().__init__(params=["weight", "bias", "gain"])
+
+    def inputs(self, ext, module, g_out) -> tuple[Tensor, Tensor]:
+        """Return input and output gradient, ``[S, *, D]``, of the S active samples."""
+        subset = ext.get_subsampling()
+        return subsample(module.input0, subsampling=subset), subsample(
+            g_out[0], subsampling=subset
+        )
+
+    def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Compute individual gradients, shape ``[S, D_out, D_in]``."""
+        X, G = self.inputs(ext, module, g_out)
+        return module.gain * einsum(G, X, "n ... o, n ... i -> n o i")
+
+    def bias(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Compute individual gradients, shape ``[S, D_out]``."""
+        _, G = self.inputs(ext, module, g_out)
+        return einsum(G, "n ... o -> n o")
+
+    def gain(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Compute individual gradients, shape ``[S]``."""
+        X, G = self.inputs(ext, module, g_out)
+        return einsum(G, X @ module.weight.mT, "n ... o, n ... o -> n")
+
+
+class ScaledLinearDiagGGNExact(ModuleExtension):
+    """Compute and backpropagate the exact GGN diagonal through ``ScaledLinear``."""
+
+    def __init__(self):
+        """Name the parameters for which this class has a method."""
+        super().__init__(params=["weight", "bias", "gain"])
+
+    def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Compute the GGN diagonal, shape ``[D_out, D_in]``."""
+        V = einsum(V_out, module.input0, "c n ... o, n ... i -> c n o i")
+        return (module.gain * V).square().sum((0, 1))
+
+    def bias(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Compute the GGN diagonal, shape ``[D_out]``."""
+        return einsum(V_out, "c n ... o -> c n o").square().sum((0, 1))
+
+    def gain(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Compute the GGN diagonal, shape ``[]``."""
+        Z = module.input0 @ module.weight.mT
+        return einsum(V_out, Z, "c n ... o, n ... o -> c n").square().sum()
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Backpropagate V, ``[C, N, *, D_out]`` to ``[C, N, *, D_in]``."""
+        return module.gain * V_out @ module.weight
+
+
+# %%
+# The right extensions pass, for a matrix that changes the number of features and for
+# a square one.
+
+wide = Layer(
+    make_module=lambda: ScaledLinear(4, 3),
+    sample_shapes=[(4,), (2, 4)],
+    batch_grad=ScaledLinearBatchGrad,
+    diag_ggn=ScaledLinearDiagGGNExact,
+)
+check(wide).raise_if_failed()
+
+square = replace(wide, make_module=lambda: ScaledLinear(4, 4))
+cases = make_cases(square)
+networks = make_networks(square, cases)
+report = check(square, cases, networks)
+report.raise_if_failed()
+print(report)
+
+# %%
+# A gallery of wrong extensions
+# -----------------------------
+# Each class inherits from the right one and breaks one method. First, the individual
+# gradients.
+
+
+class WrongSubset(ScaledLinearBatchGrad):
+    """Wrong on purpose: treats all samples, whatever the user asked for."""
+
+    def bias(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Return ``[N, D_out]`` for ``[S, D_out]``."""
+        return einsum(g_out[0], "n ... o -> n o")
+
+
+class WrongShape(ScaledLinearBatchGrad):
+    """Wrong on purpose: the gain has shape ``[]``, not ``[1]``."""
+
+    def gain(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Return ``[S, 1]`` for ``[S]``."""
+        return super().gain(ext, module, g_inp, g_out, bp).unsqueeze(-1)
+
+
+class WrongFactor(ScaledLinearBatchGrad):
+    """Wrong on purpose: takes back the 1/N of a loss with reduction "mean"."""
+
+    def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Return N times too large numbers."""
+        return len(g_out[0]) * super().weight(ext, module, g_inp, g_out, bp)
+
+
+class WrongOrder(ScaledLinearBatchGrad):
+    """Wrong on purpose: input features first, as in a formula with X W."""
+
+    def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Return ``[S, D_in, D_out]``."""
+        return super().weight(ext, module, g_inp, g_out, bp).mT
+
+
+class WrongInput(ScaledLinearBatchGrad):
+    """Wrong on purpose: takes the output of the layer for its input."""
+
+    def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Return gradients as if the layer had seen its own output."""
+        _, G = self.inputs(ext, module, g_out)
+        Z = subsample(module.output, subsampling=ext.get_subsampling())
+        return module.gain * einsum(G, Z, "n ... o, n ... i -> n o i")
+
+
+# %%
+# Second, the GGN diagonal.
+
+
+class WrongSumFirst(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: sums over samples, then squares."""
+
+    def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return ``[D_out, D_in]`` of a wrong kind."""
+        V = einsum(V_out, module.input0, "c n ... o, n ... i -> c o i")
+        return (module.gain * V).square().sum(0)
+
+
+class WrongSquareFirst(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: squares, then sums over features."""
+
+    def gain(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return ``[]`` of a wrong kind."""
+        return (V_out * (module.input0 @ module.weight.mT)).square().sum()
+
+
+class WrongReturn(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: computes, but returns nothing."""
+
+    def bias(self, ext, module, g_inp, g_out, V_out) -> None:
+        """Forget the return statement."""
+        super().bias(ext, module, g_inp, g_out, V_out)
+
+
+class WrongInPlace(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: V_out still belongs to ``backpropagate``."""
+
+    def bias(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Square V_out in place, for a layer without T."""
+        result = super().bias(ext, module, g_inp, g_out, V_out)
+        V_out.square_()
+        return result
+
+
+class WrongPattern(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: a pattern without an ellipsis serves ``[N, D]`` only."""
+
+    def bias(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Raise an error for ``[N, T, D]``."""
+        return einsum(V_out, V_out, "c n o, c n o -> o")
+
+
+# %%
+# Third, ``backpropagate``.
+
+
+class WrongTranspose(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: multiplies with W transposed, as the forward pass does."""
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return ``[C, N, *, D_in]``, which fits as the matrix is square."""
+        return module.gain * V_out @ module.weight.mT
+
+
+class WrongIdentity(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: sends V to the layers before as it came."""
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return V unchanged."""
+        return V_out
+
+
+class WrongGain(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: forgets the gain, which is one at the start."""
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Multiply with W only."""
+        return V_out @ module.weight
+
+
+class WrongSign(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: the sign of V is lost, which no GGN diagonal shows."""
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return minus V."""
+        return -super().backpropagate(ext, module, g_inp, g_out, V_out)
+
+
+class WrongMissing(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: has no ``backpropagate`` of its own."""
+
+    backpropagate = ModuleExtension.backpropagate
+
+
+# %%
+# Fourth, mistakes in how the methods are put together, and one that is on no list.
+
+
+class WrongParams(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: does not list the bias, so its method never runs."""
+
+    def __init__(self):
+        """Name two parameters of three."""
+        ModuleExtension.__init__(self, params=["weight", "gain"])
+
+
+class WrongFrozen(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: ``backpropagate`` needs what ``gain`` has stored."""
+
+    def gain(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Store the effective matrix, then compute the GGN diagonal."""
+        self.matrix = module.gain * module.weight
+        return super().gain(ext, module, g_inp, g_out, V_out)
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Use the stored matrix."""
+        return V_out @ self.matrix
+
+
+class WrongMemory(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: stores a matrix once and for all layers."""
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Use the matrix of the layer that came first."""
+        if not hasattr(self, "matrix"):
+            self.matrix = module.gain * module.weight
+        return V_out @ self.matrix
+
+
+class WrongSomehow(ScaledLinearDiagGGNExact):
+    """Wrong on purpose: a mistake that no one has thought of."""
+
+    def bias(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return something."""
+        return (V_out.cos().sum((0, 1)) + 0.1).reshape(-1, 4).sum(0)
+
+
+# %%
+# What the tool must say about each: the method, and the mistake.
+
+answers = {
+    WrongSubset: "BatchGrad.bias: the subset is ignored",
+    WrongShape: "BatchGrad.gain: returns shape [5, 1], needs [5]",
+    WrongFactor: "BatchGrad.weight: too large by a factor N",
+    WrongOrder: "BatchGrad.weight: result transposed",
+    WrongInput: "BatchGrad.weight: uses module.output in place of module.input0",
+    WrongSumFirst: "DiagGGNExact.weight: squared after the sum over samples",
+    WrongSquareFirst: "DiagGGNExact.gain: squared before the sum over features",
+    WrongReturn: "DiagGGNExact.bias: returns None",
+    WrongInPlace: "DiagGGNExact.bias: changes V_out in place",
+    WrongPattern: "DiagGGNExact.bias: raises only for [N, T, D]",
+    WrongTranspose: "DiagGGNExact.backpropagate: missing transpose of the Jacobian",
+    WrongIdentity: "DiagGGNExact.backpropagate: returns V_out unchanged",
+    WrongGain: "DiagGGNExact.backpropagate: leaves gain out, as if it were 1",
+    WrongSign: "DiagGGNExact.backpropagate: sign lost",
+    WrongMissing: "DiagGGNExact.backpropagate: the method backpropagate is missing",
+    WrongParams: "DiagGGNExact.bias: not listed",
+    WrongFrozen: "DiagGGNExact.backpropagate: relies on the parameter methods",
+    WrongMemory: "DiagGGNExact.backpropagate: keeps what it saw in an earlier layer",
+    WrongSomehow: "DiagGGNExact.bias: unknown",
+}
+
+# %%
+# To save time, the gallery runs in the networks for ``[N, D]`` only. Each class must
+# get its one diagnosis, and no other.
+
+few_networks = [network for network in networks if network.X.ndim == 2]
+
+
+def check_wrong(wrong_class: type[ModuleExtension]) -> Report:
+    """Check ``ScaledLinear`` with a wrong extension, and without the other one."""
+    extensions = {"batch_grad": None, "diag_ggn": None}
+    first_order = issubclass(wrong_class, FirstOrderModuleExtension)
+    extensions["batch_grad" if first_order else "diag_ggn"] = wrong_class
+    return check(replace(square, **extensions), cases, few_networks)
+
+
+reports = {wrong_class: check_wrong(wrong_class) for wrong_class in answers}
+for wrong_class, answer in answers.items():
+    diagnosis = reports[wrong_class].diagnosis()
+    print(wrong_class.__name__, *diagnosis, sep="\n  ")
+    one_line = " ".join(" ".join(diagnosis).split())
+    if len(diagnosis) != 1 or not one_line.startswith(answer) or " OR " in one_line:
+        raise AssertionError(f"{wrong_class.__name__} is not diagnosed as: {answer}")
+
+# %%
+# The last one is the answer to a mistake that is on no list: the numbers, and no guess.
+#
+# Which check finds which mistake? Each row is a wrong extension, each column a setting.
+
+fig, ax = plt.subplots(figsize=(8, 6.5), layout="constrained")
+found = []
+for wrong_class, report in reports.items():
+    name = wrong_class.__name__.removeprefix("Wrong")
+    for result in report.by_hand + report.in_networks:
+        place = "net: " if result in report.in_networks else ""
+        cell = "ok" if result.ok else "found"
+        found.append(Result(f"Wrong.{name}", place + result.column, cell))
+draw(ax, found, "Which check finds which wrong extension")
+plt.show()
