@@ -41,6 +41,9 @@ with an error message, look for it here.
   <#typeerror-got-an-unexpected-keyword-argument-subsampling>`_
 - `is missing an implementation of how to calculate the quantity
   <#notimplementederror-is-missing-an-implementation-of-how-to-calculate>`_
+- `object has no attribute 'bias'
+  <#notimplementederror-is-missing-an-implementation-of-how-to-calculate>`_, when the
+  layer has no such parameter
 - `received a class instead <#valueerror-received-a-class-instead>`_
 - `In order to use an autograd.Function with functorch transforms
   <#runtimeerror-in-order-to-use-an-autograd-function-with-functorch-transforms>`_
@@ -49,27 +52,28 @@ with an error message, look for it here.
   <#one-second-order-extension-object-used-again>`_, somewhere in ``backward``
 - `The output of CrossEntropyLoss() seems to have been modified
   <#a-factor-in-front-of-the-loss>`_
+- `Only default ignore_index (-100) is implemented <#ignored-targets>`_
 - `Backpropagate has not been overwritten
   <#assertionerror-expects-a-backpropagation-quantity-but-it-is-none>`_
 
-**No error, but a wrong number**
+**No error, but a wrong number, or none**
 
-- in a loop, from the second ``backward`` on:
-  `one second-order extension object, used again
-  <#one-second-order-extension-object-used-again>`_
-- the layers before a ``transpose``, a slice or a ``view``:
-  `a view between two modules <#a-view-between-two-modules>`_
-- all of it, after evaluating on other data:
-  `a second forward pass before backward <#a-second-forward-pass-before-backward>`_
-- one of two branches: `a layer with several inputs <#a-layer-with-several-inputs>`_
-- shared weights: `tied parameters <#tied-parameters>`_
-- no number at all for a computed weight:
-  `a weight that is not a leaf <#a-weight-that-is-not-a-leaf>`_
-- a factor: `a factor in front of the loss <#a-factor-in-front-of-the-loss>`_, or
-  `mean and sum <#mean-and-sum>`_
-- classification with masked targets: `ignored targets <#ignored-targets>`_
-- the layer itself: `squares and sums in the wrong order
-  <#squares-and-sums-in-the-wrong-order>`_, or `a wrong shape
+- In a loop, from the second ``backward`` on: `a second-order extension object is used
+  again <#one-second-order-extension-object-used-again>`_
+- In all layers before a ``transpose``: `a view stands between two modules
+  <#a-view-between-two-modules>`_
+- In all layers, after a loss on other data: `a second forward pass came before backward
+  <#a-second-forward-pass-before-backward>`_
+- In one of two branches: `the layer has several inputs
+  <#a-layer-with-several-inputs>`_
+- With shared weights: `the parameters are tied <#tied-parameters>`_
+- No result for a weight that is computed: `the weight is not a leaf
+  <#a-weight-that-is-not-a-leaf>`_
+- A constant factor: `a factor stands in front of the loss
+  <#a-factor-in-front-of-the-loss>`_, or `the loss takes the mean <#mean-and-sum>`_
+- With targets of −100: `targets are ignored <#ignored-targets>`_
+- In your layer only: `squares and sums are in the wrong order
+  <#squares-and-sums-in-the-wrong-order>`_, or `the shape is wrong
   <#nothing-checks-what-you-return>`_
 """
 
@@ -227,7 +231,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 # %%
 # Two factories build a **fresh, registered** extension for each use. Why fresh: see
-# `one second-order extension object, used again
+# `the trap of an extension that is used again
 # <#one-second-order-extension-object-used-again>`_.
 
 
@@ -448,9 +452,8 @@ def record(
         return recorded
 
     for name in methods:
-        setattr(
-            module_extension, name, recording(name, getattr(module_extension, name))
-        )
+        method = getattr(module_extension, name)
+        setattr(module_extension, name, recording(name, method))
     extension.set_module_extension(layer, module_extension, overwrite=True)
     return extension
 
@@ -517,7 +520,14 @@ for step, (first, second, *_) in enumerate(calls):
 # the other: in each, first the methods for the parameters, then ``backpropagate``. If
 # a release of BackPACK changes this order, this page fails here.
 
-order = [(first, second) for first, second, *_ in calls]
+
+def expect(actual: object, expected: object):
+    """Raise if BackPACK does not do what this page says."""
+    if actual != expected:
+        raise AssertionError(f"The page says {expected}, BackPACK does {actual}.")
+
+
+backward_calls = [(first, second) for first, second, *_ in calls[5:]]
 expected = [
     ("CrossEntropyLoss", "forward"),
     ("DiagGGNExact", "CrossEntropyLoss.backpropagate"),
@@ -531,14 +541,14 @@ expected = [
     ("ScaleModule", "done"),
     ("Linear", "done"),
 ]
-if order[5:] != expected:
-    raise AssertionError(f"BackPACK calls in another order: {order}")
+expect(backward_calls, expected)
 
 # %%
 # ``done`` is also the moment at which BackPACK deletes what the forward pass stored on
 # the layer, ``input0`` and ``output``:
 
-print([name for name in ["input0", "output"] if hasattr(model[1], name)])
+for name in ["input0", "output"]:
+    expect(hasattr(model[1], name), False)
 
 # %%
 # Two extensions in one context don't disturb each other: both have the right numbers.
@@ -607,15 +617,13 @@ pixelwise = nn.Sequential(nn.Linear(2, 2), ScaleModule()).to(device, torch.float
 linears = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, C))
 linears = linears.to(device, torch.float64)
 
-mc, exact, exact_pixels = DiagGGNMC(mc_samples=7), DiagGGNExact(), DiagGGNExact()
+mc, exact, exact_2 = DiagGGNMC(mc_samples=7), DiagGGNExact(), DiagGGNExact()
 situations = {
     "BatchGrad": (network, record_batch_grad(), X, y),
     "BatchGrad, subsampling=[4, 0]": (network, record_batch_grad([4, 0]), X, y),
     "DiagGGNExact": (network, record_ggn(exact), X, y),
     "DiagGGNMC, mc_samples=7": (network, record_ggn(mc), X, y),
-    "DiagGGNExact, output of the network [N, C, 2]": (
-        *(pixelwise, record_ggn(exact_pixels), pixels, classes),
-    ),
+    "DiagGGNExact, output [N, C, 2]": (pixelwise, record_ggn(exact_2), pixels, classes),
     "SqrtGGNExact, subsampling=[4, 0]": (linears, record_sqrt_ggn([4, 0]), X, y),
 }
 
@@ -652,13 +660,6 @@ for situation, arguments in situations.items():
 #
 # The same four statements as a check:
 
-
-def expect(actual: object, expected: object):
-    """Raise if BackPACK does not do what this page says."""
-    if actual != expected:
-        raise AssertionError(f"The page says {expected}, BackPACK does {actual}.")
-
-
 pair = [4, 0]
 row = table["BatchGrad, subsampling=[4, 0]", "ScaleModule.weight"]
 expect(row, [f"{[N, H]}", f"{[N, H]}", "-", f"{[len(pair), 1]}"])
@@ -666,7 +667,7 @@ row = table["DiagGGNExact", "CrossEntropyLoss.backpropagate"]
 expect(row[3], f"{[C, N, C]}")
 row = table["DiagGGNExact", "ScaleModule.backpropagate"]
 expect(row[1:], [f"{[N, H]}", f"{[C, N, H]}", f"{[C, N, H]}"])
-row = table["DiagGGNExact, output of the network [N, C, 2]", "ScaleModule.weight"]
+row = table["DiagGGNExact, output [N, C, 2]", "ScaleModule.weight"]
 expect(row[2], f"{[2 * C, N, C, 2]}")
 expect(table["DiagGGNMC, mc_samples=7", "ScaleModule.weight"][2], f"{[7, N, H]}")
 row = table["SqrtGGNExact, subsampling=[4, 0]", "Linear.weight"]
@@ -782,9 +783,11 @@ def provoke(expected: type[Exception], fragment: str, function: Callable) -> obj
     messages = [m for m in messages if harmless not in m[1] or fragment == harmless]
     for kind, message in messages:
         text = re.sub(r" at 0x[0-9a-f]+", "", f"{kind.__name__}: {message}")
-        print(textwrap.fill(text, 88, break_long_words=False, break_on_hyphens=False))
+        print(textwrap.fill(text, width=88, break_on_hyphens=False))
     if not messages or messages[-1][0] is not expected or fragment not in message:
-        raise AssertionError(f"This did not end in: {expected.__name__}: {fragment}")
+        other = errors[0] if errors else None
+        text = f"This did not end in {expected.__name__}: {fragment}"
+        raise AssertionError(text) from other
     return result
 
 
@@ -850,8 +853,8 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # -------------------
 # The title of a section is what the last line of the traceback says.
 #
-# NotImplementedError: does not have an extension for Module
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# NotImplementedError: ``does not have an extension for Module``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** with a second-order extension is an error. With one of the first
 # order, like ``BatchGrad``, it is only a warning.
 
@@ -929,8 +932,8 @@ torch.testing.assert_close(model.layers[1].weight.grad_batch, gradients["1.weigh
 # **Another cure:** inherit from ``nn.Sequential``. BackPACK leaves these containers
 # alone, even if they have a ``forward`` of their own. The containers below do that.
 #
-# AssertionError: expects a backpropagation quantity but it is None
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# AssertionError: ``expects a backpropagation quantity but it is None``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** is the name of the layer that waited for V in vain. The reason
 # sits **behind** it, nearer to the loss.
 #
@@ -1010,8 +1013,41 @@ model = run(network, make_diag_ggn(), X, y)
 torch.testing.assert_close(model[0].weight.diag_ggn_exact, diagonals["0.weight"])
 
 # %%
-# AttributeError: 'Parameter' object has no attribute 'grad_batch'
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# **Cause 4:** the message names a loss of your own. BackPACK takes a module for a loss
+# only if it inherits from ``torch.nn.modules.loss._Loss``.
+
+
+class PlainCrossEntropy(nn.Module):
+    """The cross-entropy, but not derived from PyTorch's base class for losses."""
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return the loss, a scalar."""
+        return nn.functional.cross_entropy(output, y, reduction="sum")
+
+
+extension, own_loss = make_diag_ggn(), PlainCrossEntropy()
+extension.set_module_extension(PlainCrossEntropy, DiagGGNCrossEntropyLoss())
+provoke(AssertionError, message, lambda: run(network, extension, X, y, own_loss))
+
+# %%
+# **Cure:** inherit from ``_Loss``, or from one of its descendants.
+
+
+class DerivedCrossEntropy(nn.CrossEntropyLoss):
+    """The cross-entropy under another name; its base class descends from ``_Loss``."""
+
+
+extension, own_loss = make_diag_ggn(), DerivedCrossEntropy(reduction="sum")
+extension.set_module_extension(DerivedCrossEntropy, DiagGGNCrossEntropyLoss())
+model = run(network, extension, X, y, own_loss)
+torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"])
+
+# %%
+# How to write the extension of a new loss is the subject of `A custom loss
+# <4_custom_loss.html>`_.
+#
+# AttributeError: ``'Parameter' object has no attribute 'grad_batch'``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** comes after ``backward``, when you read a result that was never
 # stored. The attribute may have another name, like ``diag_ggn_exact``.
 #
@@ -1082,8 +1118,8 @@ for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad_batch, gradients[name])
 
 # %%
-# AttributeError: object has no attribute 'output'
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# AttributeError: ``object has no attribute 'output'``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** names a layer that has been treated once already. After that,
 # BackPACK deletes ``input0`` and ``output`` to save memory.
 #
@@ -1097,8 +1133,8 @@ provoke(AttributeError, message, lambda: run(twice, make_batch_grad(), X, y))
 
 # %%
 # **Cure:** two objects. If they must share their weight, assign the parameter of one to
-# the other; and then add up what the two store, see `tied parameters
-# <#tied-parameters>`_. Without sharing:
+# the other, and then add up what the two store, as the section `on shared weights
+# <#tied-parameters>`_ shows. Without sharing:
 
 apart = nn.Sequential(scale, layers[1], ScaleModule(0.7), layers[3])
 apart = apart.to(device, torch.float64)
@@ -1127,8 +1163,8 @@ with backpack(make_batch_grad(), retain_graph=True):
 torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 
 # %%
-# AttributeError: object has no attribute 'input0'
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# AttributeError: ``object has no attribute 'input0'``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** comes from your own method, at ``module.input0``.
 
 
@@ -1155,8 +1191,8 @@ right = individual_gradients(keyword, X, y)["1.weight"]
 torch.testing.assert_close(model[1].weight.grad_batch, right)
 
 # %%
-# AttributeError: 'bool' object has no attribute 'requires_grad'
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# AttributeError: ``'bool' object has no attribute 'requires_grad'``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** comes with second-order extensions, if a layer has an argument that
 # is not a tensor.
 
@@ -1210,8 +1246,8 @@ for name, right in ggn_diagonals(flag, X, y).items():
     torch.testing.assert_close(model.get_parameter(name).diag_ggn_exact, right)
 
 # %%
-# RuntimeError: is a view and is being modified inplace
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# RuntimeError: ``is a view and is being modified inplace``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** comes from the forward pass.
 
 layers = [network[0], network[1], nn.ReLU(inplace=True), network[4]]
@@ -1236,8 +1272,8 @@ right = individual_gradients(not_in_place, X, y)["1.weight"]
 torch.testing.assert_close(model[1].weight.grad_batch, right)
 
 # %%
-# ValueError: Use overwrite = True to force replacement
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# ValueError: ``Use overwrite = True to force replacement``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see:**
 
 extension = make_batch_grad()
@@ -1271,8 +1307,8 @@ provoke(
 )
 
 # %%
-# TypeError: got an unexpected keyword argument 'subsampling'
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# TypeError: ``got an unexpected keyword argument 'subsampling'``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see:**
 
 message = "got an unexpected keyword argument 'subsampling'"
@@ -1294,8 +1330,8 @@ right = ggn_diagonals(network, X[[4, 0]], y[[4, 0]])["1.weight"]
 torch.testing.assert_close(model[1].weight.diag_ggn_exact, right)
 
 # %%
-# NotImplementedError: is missing an implementation of how to calculate
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# NotImplementedError: ``is missing an implementation of how to calculate``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** when the module extension is built:
 
 
@@ -1344,8 +1380,8 @@ model = run(without_bias, extension, X, y)
 torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 
 # %%
-# ValueError: received a class instead
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# ValueError: ``received a class instead``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see:**
 
 provoke(ValueError, "received a class instead", lambda: backpack(BatchGrad))
@@ -1358,8 +1394,8 @@ right = individual_gradients(linears, X, y)["0.weight"]
 torch.testing.assert_close(model[0].weight.grad_batch, right)
 
 # %%
-# RuntimeError: In order to use an autograd.Function with functorch transforms
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# RuntimeError: ``In order to use an autograd.Function with functorch transforms``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** when you want to check an extension with ``torch.func``:
 
 message = "In order to use an autograd.Function with functorch transforms"
@@ -1375,8 +1411,8 @@ right = ggn_diagonals(network, X, y)
 torch.testing.assert_close(right, diagonals)
 
 # %%
-# UserWarning: Full backward hook is firing
-# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+# UserWarning: ``Full backward hook is firing``
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** in nearly every run with BackPACK:
 
 provoke(UserWarning, harmless, lambda: run(network, make_batch_grad(), X, y))
@@ -1471,10 +1507,9 @@ for batch in [slice(None), slice(4)]:
 # %%
 # A view between two modules
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see:** the GGN diagonal is wrong for all layers before a ``transpose``, a
-# slice, a ``view``. A function between two modules should end in an `error
-# <#assertionerror-expects-a-backpropagation-quantity-but-it-is-none>`_, but here it
-# does not.
+# **What you see:** the GGN diagonal is wrong for all layers before a ``transpose``. A
+# function between two modules should end in an `error
+# <#assertionerror-expects-a-backpropagation-quantity-but-it-is-none>`_, but not here.
 
 
 class Transposing(nn.Sequential):
