@@ -6,9 +6,10 @@ import sys
 import warnings
 from importlib import metadata, util
 from pathlib import Path
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from docutils import nodes
+from sphinx.ext.intersphinx import InventoryAdapter
 
 ROOT = Path(__file__).parent
 GALLERY = ROOT / "docs" / "gallery"
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 project = "Custom layers in BackPACK"
 author = "the authors of this tutorial"
 language = "en"
+smartquotes = False  # messages are quoted as they are raised
 exclude_patterns = ["_build", "gallery/index.rst"]  # docs/index.rst includes it
 extensions = [
     "sphinx.ext.intersphinx",
@@ -45,6 +47,7 @@ sphinx_gallery_conf = {
     # Commented out: whoever runs a notebook decides what is installed where.
     "first_notebook_cell": "# If these are missing (on Colab, say), run this cell "
     f"without the first # of the next line.\n# %pip install {' '.join(PINS)}",
+    "inspect_global_variables": False,  # link what is imported, not every variable
     "write_computation_times": False,  # its page loads scripts from other hosts
     "show_signature": False,
 }
@@ -76,7 +79,7 @@ def prepare_page(gallery_conf, fname, when):
     # needs no gradient, and BackPACK does not need that gradient either.
     page_filters.enter_context(warnings.catch_warnings(action="error"))
     warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-    # As Python does: a deprecation is the page's business only if its own code causes it.
+    # As Python does: a deprecation matters here only if the page's own code causes it.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
     plt.style.use("petroff10")  # colors that color-blind readers can tell apart
@@ -94,14 +97,25 @@ def prepare_page(gallery_conf, fname, when):
 
 # -- Links to the documentation of torch, BackPACK, ... ---------------------------
 
-# The names that the pages use, in Sphinx's plain-text format: name, kind, page. They are
-# read from here, so that no build depends on another site; `make linkcheck` visits each.
+# The names that the pages use, in Sphinx's plain-text format: name, kind, page. They
+# lie here so that no build depends on another site; `make linkcheck` visits each.
 intersphinx_mapping = {
     "backpack": ("https://docs.backpack.pt/en/master", "inventories/backpack.txt"),
     "python": ("https://docs.python.org/3", "inventories/python.txt"),
     "matplotlib": ("https://matplotlib.org/stable", "inventories/matplotlib.txt"),
     "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.txt"),
 }
+linkcheck_ignore = [r"(?!https?://)"]  # between pages: the tests follow those
+linkcheck_retries = 3
+
+
+def visit_inventories(app):
+    """Let the link check visit every address that the inventories hold."""
+    if app.builder.name == "linkcheck":
+        kinds = InventoryAdapter(app.env).main_inventory.values()
+        links = [f"`<{item.uri}>`__" for kind in kinds for item in kind.values()]
+        app.config.rst_epilog = "\n\n".join(["", *links]).replace("_>", r"\_>")
+
 
 # -- HTML -------------------------------------------------------------------------
 
@@ -121,6 +135,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["docs/_static", str(MATHJAX)]
 html_css_files = ["custom.css"]
+html_js_files = ["wide-math.js"]
 html_favicon = "docs/_static/favicon.svg"
 templates_path = ["docs/_templates"]
 html_copy_source = False
@@ -145,8 +160,8 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-def finish_downloads(app, exception):
-    """Link notebooks to notebooks, and give all files in a zip the same date."""
+def finish_site(app, exception):
+    """Link notebooks to notebooks, give all zips one date, drop what no page loads."""
 
     def to_notebooks(text):
         return re.sub(r"\]\(([\w./]+)\.html(#[\w-]+)?\)", r"](\1.ipynb)", text)
@@ -156,13 +171,16 @@ def finish_downloads(app, exception):
             path.write_text(to_notebooks(path.read_text()))
         if path.suffix == ".zip":
             with ZipFile(path) as old:
-                files = {info: old.read(info) for info in old.infolist()}
+                files = {info: old.read(info).decode() for info in old.infolist()}
             with ZipFile(path, "w") as new:
                 for info in sorted(files, key=lambda info: info.filename):
-                    text = files[info].decode()
                     info.date_time = (1980, 1, 1, 0, 0, 0)
+                    info.compress_type = ZIP_DEFLATED
                     is_notebook = info.filename.endswith(".ipynb")
+                    text = files[info]
                     new.writestr(info, to_notebooks(text) if is_notebook else text)
+    for path in Path(app.outdir).glob("_static/*/*.map"):  # only debuggers ask for it
+        path.unlink()
 
 
 def describe_thumbnails(app, doctree, docname):
@@ -174,5 +192,6 @@ def describe_thumbnails(app, doctree, docname):
 
 
 def setup(app):
+    app.connect("builder-inited", visit_inventories, priority=900)
     app.connect("doctree-resolved", describe_thumbnails)
-    app.connect("build-finished", finish_downloads)
+    app.connect("build-finished", finish_site)

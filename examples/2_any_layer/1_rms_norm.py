@@ -211,7 +211,7 @@ class RMSNormBatchGrad(FirstOrderModuleExtension):
     """Compute individual gradients for ``RMSNorm``."""
 
     def __init__(self, params: tuple[str, ...] = ("weight",)):
-        """Name the parameters for which this class has a method."""
+        """Name the parameters for which this class, or a subclass, has a method."""
         super().__init__(params=list(params))
 
     def weight(
@@ -281,7 +281,7 @@ class RMSNormDiagGGNExact(ModuleExtension):
     """Compute the GGN diagonal for ``RMSNorm``, and send V through it."""
 
     def __init__(self, params: tuple[str, ...] = ("weight",)):
-        """Name the parameters for which this class has a method."""
+        """Name the parameters for which this class, or a subclass, has a method."""
         super().__init__(params=list(params))
 
     def weight(
@@ -537,8 +537,9 @@ class TellingDiagGGNExact(RMSNormDiagGGNExact):
 # 1. ``Flatten``, then a linear layer: C columns.
 # 2. ``Flatten`` alone: all ``T * C`` entries are logits, and as many columns arrive.
 # 3. One prediction per step: PyTorch wants logits ``[N, C, T]`` and targets ``[N, T]``.
-#    BackPACK's own ``Permute`` swaps the axes; a plain ``transpose`` between two layers
-#    is no layer and would break the chain. Again there are ``C * T`` columns.
+#    BackPACK's own ``Permute`` swaps the axes. A plain ``transpose`` is no layer, so
+#    BackPACK would not see it, and V would arrive at RMSNorm with its axes in the wrong
+#    order. Again there are ``C * T`` columns.
 #
 # Each way is checked against the witnesses, as above, which makes two passes.
 
@@ -633,7 +634,8 @@ class RMSNormWithBiasDiagGGNExact(RMSNormDiagGGNExact):
 
 # %%
 # ``weight`` and ``backpropagate`` are inherited. The check compares every parameter
-# that it finds.
+# that it finds. Its last run asks for three samples, which is why ``grad_batch`` has
+# three rows in the end.
 
 both_parameters = [
     RMSNormWithBias,
@@ -647,7 +649,7 @@ for data in [X[:, 0], X]:
 
 for name, parameter in model[1].named_parameters():
     shapes = list(parameter.grad_batch.shape), list(parameter.diag_ggn_exact.shape)
-    print(f"{name:>6}: grad_batch {shapes[0]} (a subset), diag_ggn_exact {shapes[1]}")
+    print(f"{name:>6}: grad_batch {shapes[0]}, diag_ggn_exact {shapes[1]}")
 
 # %%
 # The short cut: VJPs by automatic differentiation
@@ -829,7 +831,7 @@ check(model, "sum", X, targets, MixSteps, *by_autodiff(["matrix", "gain"]))
 
 for name, parameter in model[1].named_parameters():
     shapes = list(parameter.grad_batch.shape), list(parameter.diag_ggn_exact.shape)
-    print(f"{name:>6}: grad_batch {shapes[0]} (a subset), diag_ggn_exact {shapes[1]}")
+    print(f"{name:>6}: grad_batch {shapes[0]}, diag_ggn_exact {shapes[1]}")
 
 # %%
 # What the short cut costs
@@ -858,26 +860,28 @@ def ratio(formula: Callable[[], object], autodiff: Callable[[], object]) -> str:
 
 
 # %%
-# First the methods alone, called by hand as above. They get all arguments, and each
-# picks its own.
+# First the methods alone, called by hand as above, in two batch sizes. All get all
+# arguments, and each method uses those that it needs.
 
 T_large, D_large, C_large = 8, 32, 10
-methods = {
-    "BatchGrad weight": (RMSNormBatchGrad(), AutodiffBatchGrad(["weight"])),
-    "DiagGGNExact weight": (RMSNormDiagGGNExact(), automatic),
-    "DiagGGNExact backpropagate": (RMSNormDiagGGNExact(), automatic),
-}
+first_order = [RMSNormBatchGrad(), AutodiffBatchGrad(["weight"])]
+second_order = [RMSNormDiagGGNExact(), AutodiffDiagGGNExact(["weight"])]
 
 for N_large in [8, 128]:
     V = torch.randn(C_large, N_large, T_large, D_large, device=device)
     layer = extend(RMSNorm(D_large).to(device))
     layer(torch.randn_like(V[0]))
-    arguments = (BatchGrad(), layer, None, (V[0],), V)
-    for name, extensions in methods.items():
-        work = [getattr(extension, name.split()[1]) for extension in extensions]
+    for extension, pair, name in [
+        (BatchGrad(), first_order, "weight"),
+        (DiagGGNExact(), second_order, "weight"),
+        (DiagGGNExact(), second_order, "backpropagate"),
+    ]:
+        arguments = (extension, layer, None, (V[0],), V)
+        work = [partial(getattr(e, name), *arguments) for e in pair]
         with torch.no_grad():
-            result = ratio(*[partial(method, *arguments) for method in work])
-        print(f"N = {N_large:3}  {name:26}  {result}")
+            result = ratio(*work)
+        method = f"{type(extension).__name__} {name}"
+        print(f"N = {N_large:3}  {method:26}  {result}")
 
 # %%
 # Then a forward and a backward pass through a network, where other layers and the loss

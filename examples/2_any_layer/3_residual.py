@@ -534,9 +534,9 @@ converted = check(model.to(device, torch.float64), use_converter=True)
 print(*sorted({type(layer).__name__ for layer in converted.modules()}))
 
 # %%
-# The layers are in the list, with a ``SumModule`` and BackPACK's own ``ScaleModule``,
-# which multiplies by a fixed number. ``FixedReZero`` is gone: the converter has taken
-# it apart.
+# These are the layers, a ``SumModule``, BackPACK's own ``ScaleModule``, which
+# multiplies by a fixed number, and two kinds of container. ``FixedReZero`` is gone: the
+# converter has taken it apart.
 
 #
 # With our layer, the conversion fails.

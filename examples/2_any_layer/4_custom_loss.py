@@ -379,10 +379,16 @@ for reduction, r in {"mean": 1 / N, "sum": 1.0}.items():
     print(f"{reduction:>4}: S has shape {list(S.shape)}")
 
 # %%
-# Must it be this root? No. For any orthogonal Q, :math:`S Q (S Q)^\top = S S^\top`, and
-# the GGN is the same. Fewer columns are fine too if the Hessian's rank allows it. What
-# matters is which axis holds the columns. A symmetric S can't tell, so here is one that
-# is not: the Cholesky factor L, lower triangular, with :math:`L L^\top = H`.
+# Must it be this root? No: the GGN only sees :math:`S S^\top`, and for any orthogonal
+# Q, :math:`S Q (S Q)^\top = S S^\top`.
+
+Q, _ = torch.linalg.qr(torch.randn(C, C, dtype=torch.float64, device=device))
+S = einsum(S, Q, "k n c, k j -> j n c")
+torch.testing.assert_close(einsum(S, S, "k n c, k n d -> n c d"), H)
+
+# %%
+# What matters is which axis holds the columns. A symmetric S can't tell, so here is one
+# that is not: the Cholesky factor L, lower triangular, with :math:`L L^\top = H`.
 
 L = torch.linalg.cholesky(H)
 S = rearrange(L, "n c k -> k n c")
@@ -535,10 +541,11 @@ else:
 # A weight for each sample
 # ------------------------
 # Samples are often weighted, or masked by a weight of zero. Such a factor belongs
-# inside the loss module: BackPACK starts there and does not see what comes after it. A
-# factor :math:`a_n \geq 0` of the loss is a factor :math:`\sqrt{a_n}` of S. The weights
-# are the third input of the loss, ``module.input2``. Loss and extension are subclasses,
-# and as lookup is by exact class, they are registered as a pair of their own.
+# inside the loss module: BackPACK starts there and does not see what comes after it
+# (see `The contract, and what breaks it <5_contract_and_traps.html>`__). A factor
+# :math:`a_n \geq 0` of the loss is a factor :math:`\sqrt{a_n}` of S. The weights are
+# the third input of the loss, ``module.input2``. Loss and extension are subclasses, and
+# as lookup is by exact class, they are registered as a pair of their own.
 
 
 class WeightedPseudoHuberLoss(PseudoHuberLoss):
@@ -669,6 +676,9 @@ H = vmap(jacrev(jacrev(cauchy_loss)))(output.detach(), Y)
 
 R = output.detach() - Y
 s = cauchy_loss.root(R)
+outer = einsum(R, R, "n c, n d -> n c d") / (delta * s).square().reshape(N, 1, 1)
+torch.testing.assert_close((identity - 2 * outer) / s.square().reshape(N, 1, 1), H)
+
 along = einsum(R, H, R, "n c, n c d, n d -> n") / R.square().sum(-1)
 torch.testing.assert_close(along, (2 - s**2) / s**4)
 
@@ -779,7 +789,8 @@ torch.testing.assert_close(clamped, expected)
 # that is no ``_Loss`` raises. For a loss that is not convex, both ways to go on were
 # shown to be wrong.
 #
-# **Next:** `The contract, and what breaks it <5_contract_and_traps.html>`_.
+# **Next:** `The contract, and what breaks it <5_contract_and_traps.html>`__ collects
+# what BackPACK expects of an extension, and what happens if it does not get it.
 #
 # BackPACK: F. Dangel, F. Kunstner, P. Hennig, "BackPACK: Packing more into Backprop",
 # ICLR 2020, `arXiv:1912.10985 <https://arxiv.org/abs/1912.10985>`_. Robust losses: J.

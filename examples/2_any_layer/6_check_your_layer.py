@@ -20,15 +20,15 @@ You should know how an extension is written: see `Individual gradients
 <../1_scale_module/4_ggn_diagonal.html>`_. The letters: N samples, T steps of a
 sequence, D features, C columns of the backpropagated square root V.
 
-To use it, download this page as a script, edit the first cell below the imports, and
-run it. It needs no other file. If a check of your layer fails, the script ends with
+To use it, download this page as a script, edit the place that is marked, near the top,
+and run it. It needs no other file. If a check of your layer fails, the script ends with
 an error and a non-zero exit code.
 """
 
 import textwrap
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -46,15 +46,13 @@ from backpack.utils.subsampling import subsample
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
+from torch.autograd.graph import saved_tensors_hooks
 
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %%
-# Put your module and your extensions here
-# ----------------------------------------
-# **This is the place to edit.** Replace the three classes by yours; keep the name
-# ``MY_LAYER`` and the ``Layer`` it holds. The scale module stands here as an example.
+# What the tool needs to know about a layer.
 
 
 @dataclass
@@ -75,6 +73,15 @@ class Layer:
     diag_ggn: Callable[[], ModuleExtension] | None = None
 
 
+# %%
+# Put your module and your extensions here
+# ----------------------------------------
+# **This is the place to edit**, down to the end of ``MY_LAYER``. The scale module
+# stands here as an example. Replace it by your module, and its two extensions by yours.
+
+# ----- EDIT FROM HERE -----
+
+
 class ScaleModule(nn.Module):
     """Multiply the input by one trainable number."""
 
@@ -86,6 +93,10 @@ class ScaleModule(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Scale the input ``X`` of shape ``[N, *]``."""
         return self.weight * X
+
+
+# %%
+# The extension for ``BatchGrad``.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):
@@ -108,6 +119,10 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
         X = subsample(module.input0, subsampling=subset)
         grad_Z = subsample(g_out[0], subsampling=subset)
         return einsum(grad_Z, X, "n ..., n ... -> n").unsqueeze(-1)
+
+
+# %%
+# The extension for ``DiagGGNExact``.
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
@@ -141,6 +156,9 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         return module.weight * V_out
 
 
+# %%
+# What to check: samples of shape ``[D]`` and ``[T, D]``, with D = 4 and T = 2.
+
 MY_LAYER = Layer(
     make_module=ScaleModule,
     sample_shapes=[(4,), (2, 4)],
@@ -148,8 +166,10 @@ MY_LAYER = Layer(
     diag_ggn=ScaleModuleDiagGGNExact,
 )
 
+# ----- TO HERE -----
+
 # %%
-# End of the place to edit. Some advice:
+# Some advice:
 #
 # - Parameters may have any shape: ``[]``, ``[1]``, vectors, matrices. Every parameter
 #   of the module needs a method in both extensions.
@@ -181,26 +201,36 @@ def build_module(layer: Layer) -> nn.Module:
     return module
 
 
-def jacobians(module: nn.Module, X: Tensor, **replaced: Tensor) -> dict[str, Tensor]:
+def jacobians(
+    module: nn.Module,
+    X: Tensor,
+    replaced: dict[str, Tensor] | None = None,
+    swap: "Swap | None" = None,
+) -> dict[str, Tensor]:
     """Compute per-sample Jacobians of the module by autodiff.
 
     Args:
         module: The module, not extended.
         X: Input, shape ``[N, *]``.
-        replaced: Values to use in place of a parameter's own.
+        replaced: Values to use in place of parameters, by name.
+        swap: What the backward pass gets to see in place of the truth; see below.
 
     Returns:
         For each parameter, and for the input as ``"input0"``, a tensor ``[N, O, I]``:
         O entries of a sample's output, I entries of the parameter or the sample.
     """
     values = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
-    values |= replaced
+    values |= replaced or {}
 
     def forward(x: Tensor, *parameters: Tensor) -> Tensor:
         named = dict(zip(values, parameters, strict=True))
         return torch.func.functional_call(module, named, (x.unsqueeze(0),)).flatten()
 
-    samples = [jacobian(forward, (x, *values.values())) for x in X]
+    samples = []
+    for n, x in enumerate(X):
+        inputs = {"input0": x.clone(), **values}
+        with swap.active(inputs, n) if swap else nullcontext():
+            samples.append(jacobian(forward, tuple(inputs.values())))
     stacked = [torch.stack(J) for J in zip(*samples, strict=True)]
     stacked = [J.reshape(*J.shape[:2], -1) for J in stacked]
     return dict(zip(["input0", *values], stacked, strict=True))
@@ -219,15 +249,16 @@ def accepted_shapes(layer: Layer, N: int) -> list[tuple[int, ...]]:
         X = torch.randn(N, *shape, dtype=torch.float64, device=device)
         try:
             Z = module(X)
+            one_by_one = torch.cat([module(x.unsqueeze(0)) for x in X])
+            if Z.ndim < 2 or len(Z) != N:
+                raise ValueError(f"The output {list(Z.shape)} must be [N, *].")
         except Exception as error:
-            refused.append(f"{list(shape)} ({type(error).__name__}: {error})")
+            refused.append(f"{list(shape)}: {type(error).__name__}: {error}")
             continue
-        one_by_one = torch.cat([module(x.unsqueeze(0)) for x in X])
-        torch.testing.assert_close(
-            Z,
-            one_by_one,
-            msg=lambda m: f"Samples depend on each other, or forward is random: {m}",
-        )
+        if not Z.isfinite().all():
+            raise ValueError("forward returns numbers that are not finite.")
+        text = "Samples depend on each other, or forward is random."
+        torch.testing.assert_close(Z, one_by_one, msg=lambda m, t=text: f"{t} {m}")
         accepted.append(shape)
     if not accepted:
         raise ValueError(f"forward refuses all shapes of a sample: {refused}")
@@ -309,6 +340,11 @@ def vjp(J: Tensor, v: Tensor) -> Tensor:
     return einsum(J, v, "n o i, ... n o -> ... n i")
 
 
+# %%
+# One function for the three formulas, and one that brings the result into the shape it
+# should have.
+
+
 def right_formula(method: Method, case: Case, J: Tensor) -> Tensor:
     """Compute what a method should return from a Jacobian, flattened.
 
@@ -376,6 +412,7 @@ def altered_arguments(arguments: tuple[Any, ...], case: Case) -> list[str]:
 # kept, and the rest goes on.
 
 TOLERANCE = 1e-8
+UNRELATED_TO_NUMBERS = ("dtype", "device", "alters")
 
 
 @dataclass(eq=False)
@@ -417,6 +454,8 @@ def compare(actual: Any, expected: Tensor) -> tuple[str, str]:
     if actual.shape != expected.shape:
         shapes = f"{list(actual.shape)}, needs {list(expected.shape)}"
         return "shape", f"returns shape {shapes}"
+    if actual.device != expected.device:
+        return "device", f"returns a tensor on {actual.device}, not {expected.device}"
     if actual.dtype != expected.dtype:
         return "dtype", f"returns {actual.dtype} for {expected.dtype}"
     try:
@@ -426,6 +465,11 @@ def compare(actual: Any, expected: Tensor) -> tuple[str, str]:
         distance = relative_distance(actual, expected)
         return f"{distance:.0e}", f"relative distance {distance:.2g}"
     return "ok", ""
+
+
+# %%
+# One call, with all that can happen: an error, a wrong result, arguments that have
+# changed.
 
 
 def call_by_hand(
@@ -460,6 +504,12 @@ def call_by_hand(
 def unused(start: int, taken: set[int]) -> int:
     """Return the smallest number from ``start`` on that is not taken."""
     return start if start not in taken else unused(start + 1, taken)
+
+
+# %%
+# The list of settings. A second function says which of them a method can meet:
+# ``DiagGGNExact`` knows no subsets, and ``backpropagate`` never runs if the layer is
+# first.
 
 
 def make_cases(layer: Layer) -> list[Case]:
@@ -498,28 +548,81 @@ def settings_of(method: Method, cases: list[Case]) -> list[Case]:
 # --------------------------------------
 # A diagnosis is a hypothesis that was tested: we compute what a mistake would return,
 # and compare with what the method did return. There are three families. In the first,
-# the formula is right, but the Jacobian is wrong.
+# the formula is right, but the Jacobian is wrong, for instance because a factor was
+# forgotten, or a matrix not transposed.
+#
+# People make such mistakes in the backward direction only: the forward pass is right.
+# Autodiff can make them too. It saves tensors in the forward pass for use in the
+# backward pass, and lets us swap what it gets back.
+
+
+@dataclass
+class Swap:
+    """A mistake of the backward pass: it sees a wrong tensor.
+
+    Args:
+        name: The parameter, or ``"input0"``.
+        change: Takes the saved tensor and the sample's number, returns what to use.
+    """
+
+    name: str
+    change: Callable[[Tensor, int], Tensor]
+
+    def active(self, inputs: dict[str, Tensor], n: int) -> saved_tensors_hooks:
+        """Return a context in which sample n's saved tensors are swapped."""
+        memory = inputs[self.name].untyped_storage().data_ptr()
+
+        def unpack(saved: Tensor) -> Tensor:
+            same = saved.untyped_storage().data_ptr() == memory
+            return self.change(saved, n) if same else saved
+
+        return saved_tensors_hooks(Tensor.detach, unpack)
+
+
+def neutral(tensor: Tensor) -> tuple[Tensor, str]:
+    """Return what has no effect as a factor, and its name."""
+    if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]:
+        return torch.eye(len(tensor)).to(tensor), "the identity"
+    return torch.ones_like(tensor), "1"
+
+
+# %%
+# Each mistake is tried in both ways: everywhere, and in the backward pass only. The
+# text in parentheses tells them apart; of several that fit and differ there only, one
+# is reported.
 
 
 @cache
 def varied_jacobians(case: Case) -> dict[str, dict[str, Tensor]]:
-    """Compute the module's Jacobians where they should not be taken."""
-    inputs = {
-        "uses module.output in place of module.input0": case.Z,
-        "leaves module.input0 out, as if it were 1": torch.ones_like(case.X),
+    """Compute the module's Jacobians with mistakes, by description."""
+    X, Z, one = case.X, case.Z, torch.ones_like(case.X)
+    wrong_input = "uses module.output in place of module.input0"
+    attempts: dict[str, dict[str, Any]] = {
+        f"{wrong_input} (everywhere)": {"X": Z},
+        wrong_input: {"swap": Swap("input0", lambda t, n: Z[n].reshape(t.shape))},
+        "leaves module.input0 out (as if it were 1, everywhere)": {"X": one},
+        "leaves module.input0 out (as if it were 1)": {
+            "swap": Swap("input0", lambda t, n: torch.ones_like(t))
+        },
     }
-    attempts = {text: (X, {}) for text, X in inputs.items()}
     for name, p in case.module.named_parameters(recurse=False):
-        one, called = torch.ones_like(p), "1"
-        if p.ndim == 2 and p.shape[0] == p.shape[1]:
-            one, called = torch.eye(len(p)).to(p), "the identity"
-        text = f"leaves {name} out, as if it were {called}"
-        attempts[text] = (case.X, {name: one})
+        value, called = neutral(p)
+        text = f"leaves {name} out (as if it were {called}"
+        attempts[f"{text})"] = {"swap": Swap(name, lambda t, n: neutral(t)[0])}
+        attempts[f"{text}, everywhere)"] = {"replaced": {name: value}}
+        if p.ndim == 2:
+            transposed = Swap(name, lambda t, n: t.mT)
+            attempts[f"missing transpose (of {name})"] = {"swap": transposed}
     varied = {}
-    for text, (X, replaced) in attempts.items():
+    for text, options in attempts.items():
         with suppress(Exception):  # the module can not be evaluated there
-            varied[text] = jacobians(case.module, X, **replaced)
+            varied[text] = jacobians(case.module, **({"X": X} | options))
     return varied
+
+
+# %%
+# More wrong Jacobians follow from the right one: samples that do not belong together,
+# a missing transpose, a missing coupling, a division in place of a product.
 
 
 def wrong_jacobians(method: Method, case: Case) -> dict[str, Tensor]:
@@ -536,7 +639,7 @@ def wrong_jacobians(method: Method, case: Case) -> dict[str, Tensor]:
         if varied[wanted].shape == J.shape:
             wrong[description] = varied[wanted]
     if J.shape[1] == J.shape[2]:
-        wrong["missing transpose of the Jacobian"] = J.mT
+        wrong["missing transpose (of the Jacobian)"] = J.mT
         wrong["drops the coupling of features"] = J * torch.eye(J.shape[1]).to(J)
         wrong["multiplies with the Jacobian twice"] = J @ J
         inverse, failed = torch.linalg.inv_ex(J)
@@ -580,9 +683,17 @@ def wrong_batch_grad(method: Method, case: Case) -> dict[str, Tensor]:
     }
 
 
+# %%
+# Some of them confuse T and D.
+
+
 def split_features(products: Tensor, case: Case) -> Tensor:
     """Split the axis O of ``[..., O, I]`` into T and D: ``[..., T, D, I]``."""
     return rearrange(products, "... (t d) i -> ... t d i", d=case.Z.shape[-1])
+
+
+# %%
+# For the GGN diagonal, most mistakes are sums and squares in a wrong order.
 
 
 def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
@@ -616,6 +727,10 @@ def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
     }
 
 
+# %%
+# For ``backpropagate``, most mistakes are about what V is multiplied with.
+
+
 def wrong_backpropagate(method: Method, case: Case) -> dict[str, Tensor]:
     """Compute what mistakes in ``backpropagate`` would return."""
     J = case.J["input0"]
@@ -634,7 +749,7 @@ def wrong_backpropagate(method: Method, case: Case) -> dict[str, Tensor]:
         wrong["multiplies with module.input0, not the Jacobian"] = V * X
         text = "takes a factor that depends on the input for a constant"
         wrong[text] = V * (Z / X)
-    for name in set(case.J) - {"input0"}:
+    for name in [name for name in case.J if name != "input0"]:
         text = f"uses the Jacobian of {name}, not of the input"
         wrong[text] = vjp(case.J[name], V)
     return wrong
@@ -670,9 +785,6 @@ def wrong_last_steps(method: Method, case: Case) -> dict[str, Tensor]:
         "square root at the end": right.abs().sqrt(),
         "absolute value at the end": right.abs(),
     }
-    for name, p in case.module.named_parameters(recurse=False):
-        if p.numel() == 1 or right.shape[-1:] == p.shape:
-            wrong[f"multiplied with {name} once too often"] = p.detach() * right
     axes = {"samples": 0} if method.kind == "BatchGrad" else {}
     features = right.shape[len(axes) :]
     if method.name == "backpropagate":
@@ -686,6 +798,10 @@ def wrong_last_steps(method: Method, case: Case) -> dict[str, Tensor]:
         wrong[f"{name} rolled by minus one"] = right.roll(-1, axis)
         wrong[f"{name} in reverse order"] = right.flip(axis)
     return wrong
+
+
+# %%
+# All three families together.
 
 
 def mistakes(method: Method, case: Case) -> dict[str, Tensor]:
@@ -732,12 +848,39 @@ def fitting_mistakes(method: Method, results: list[Result]) -> list[str]:
             for result, predicted in zip(results, predictions, strict=True)
         )
 
-    return [text for text in predictions[0] if fits(text)]
+    fitting = [text for text in predictions[0] if fits(text)]
+    distinct = {}
+    for text in fitting:
+        distinct.setdefault(text.split(" (")[0], text)
+    return list(distinct.values())
 
 
 # %%
 # If no known mistake fits, some patterns are still worth a name: a wrong shape only, a
-# constant factor, a constant offset, the right numbers in another order.
+# constant factor, a constant offset, the right numbers in another order. Or a parameter
+# is a factor where it should not be.
+
+
+def parameter_factor(method: Method, results: list[Result]) -> str | None:
+    """Name a parameter that is a factor too much or missing, entry by entry."""
+    for name, _ in results[0].case.module.named_parameters(recurse=False):
+        missing, too_much = [], []
+        for result in results:
+            p = result.case.module.get_parameter(name).detach()
+            right = right_answer(method, result.case)
+            if p.numel() > 1 and p.shape != right.shape[-1:]:
+                break
+            missing.append(same_numbers(result.value * p, right))
+            too_much.append(same_numbers(result.value, right * p))
+        else:
+            if all(missing) or all(too_much):
+                return f"a factor {name} {'is missing' if all(missing) else 'too much'}"
+    return None
+
+
+# %%
+# The coupling of features, as in normalization layers, is what is forgotten most
+# easily. If V was scaled entry by entry, it is missing.
 
 
 def misses_coupling(results: list[Result]) -> bool:
@@ -752,6 +895,10 @@ def misses_coupling(results: list[Result]) -> bool:
         if not relative_distance(scale, scale[:1].expand_as(scale)) < TOLERANCE:
             return False
     return True
+
+
+# %%
+# All patterns, from the more to the less special.
 
 
 def fitting_patterns(method: Method, results: list[Result]) -> list[str]:
@@ -769,6 +916,8 @@ def fitting_patterns(method: Method, results: list[Result]) -> list[str]:
         return [f"wrong by a constant offset {offset:.6g}"]
     if all(same_numbers(a.flatten().msort(), e.flatten().msort()) for a, e in pairs):
         return ["the right numbers in a wrong order"]
+    if text := parameter_factor(method, results):
+        return [text]
     if method.name == "backpropagate" and misses_coupling(results):
         return ["treats each feature on its own: the coupling is missing"]
     return []
@@ -797,6 +946,10 @@ def where(results: list[Result]) -> str:
     return "" if all(failing) else f" in {failing.count(True)} of {len(failing)} cases"
 
 
+# %%
+# This one tries again after the parameter methods have been called.
+
+
 def needs_parameter_methods(layer: Layer, method: Method, case: Case) -> bool:
     """Return whether ``backpropagate`` is right after the parameter methods only."""
     if method.name != "backpropagate":
@@ -823,13 +976,12 @@ def diagnose(layer: Layer, method: Method, results: list[Result]) -> str:
     first = failing[0]
     if not first.case.earlier and needs_parameter_methods(layer, method, first.case):
         return "relies on the parameter methods, which are skipped if frozen"
-    raising = [result for result in failing if result.cell == "raises"]
-    if raising:
-        return f"raises{where(results)}: {raising[0].note}"
-    if not all(isinstance(result.value, Tensor) for result in failing):
-        return first.note
-    if any(result.cell in ("dtype", "alters") for result in failing):
-        return first.note
+    for result in failing:
+        if result.cell == "raises":
+            return f"raises{where(results)}: {result.note}"
+    for result in failing:
+        if not isinstance(result.value, Tensor) or result.cell in UNRELATED_TO_NUMBERS:
+            return result.note
     right = [right_answer(method, result.case) for result in results]
     if all(same_numbers(r.value, e) for r, e in zip(results, right, strict=True)):
         return f"{first.note}; the numbers are right"
@@ -870,9 +1022,13 @@ def problem_with(layer: Layer, method: Method) -> tuple[str, str] | None:
         return "raises", f"can not be built: {type(error).__name__}: {error}"
     found = getattr(extension, method.name, None)
     inherited = getattr(ModuleExtension, method.name, None)
-    if found is None or getattr(found, "__func__", None) is inherited:
+    if found is None or (inherited and getattr(found, "__func__", None) is inherited):
         return "missing", f"the method {method.name} is missing"
     return None
+
+
+# %%
+# Now all methods, in all settings that they can meet.
 
 
 def check_by_hand(
@@ -912,7 +1068,7 @@ class Network:
     Args:
         column: Name of the setting, as a column of the table.
         net: The network, not extended; its output has shape ``[N, C]``.
-        layer_type: Class of the layer.
+        layers: The layers in it that are checked.
         X: Input, shape ``[N, *]``.
         loss: Class of the loss.
         subset: Samples asked for by subsampling. Default: all.
@@ -922,7 +1078,7 @@ class Network:
 
     column: str
     net: nn.Sequential
-    layer_type: type[nn.Module]
+    layers: list[nn.Module]
     X: Tensor
     loss: type[nn.Module] = nn.CrossEntropyLoss
     subset: list[int] | None = None
@@ -938,7 +1094,7 @@ class Network:
             self.y = self.y.argmax(1)
         self.own = {}
         for path, module in self.net.named_modules():
-            if type(module) is self.layer_type:
+            if any(module is layer for layer in self.layers):
                 for name, p in module.named_parameters(recurse=False):
                     self.own[f"{path}.{name}"] = name
                     p.requires_grad_(name not in self.frozen)
@@ -979,27 +1135,33 @@ def networks_for(layer: Layer, shape: tuple[int, ...], N: int, C: int) -> list[N
     def decoder() -> list[nn.Module]:
         return [nn.Flatten(), nn.Linear(module(data(1, *shape)).numel(), C)]
 
-    def network(column: str, *modules: nn.Module, **options: Any) -> Network:
+    def network(column: str, before: list, tested: list, after: list, **options: Any):
         options = {"X": data(N, *shape[:-1], 3)} | options
-        return Network(column, nn.Sequential(*modules), type(module), **options)
+        core = tested[0] if len(tested) == 1 else Parallel(*tested)
+        return Network(column, nn.Sequential(*before, core, *after), tested, **options)
+
+    def new(count: int = 1) -> list[nn.Module]:
+        return [build_module(layer) for _ in range(count)]
 
     def middle(column: str, **options: Any) -> Network:
-        new = build_module(layer)
-        return network(column, *encoder(), new, *decoder(), **options)
+        return network(column, encoder(), new(), decoder(), **options)
 
-    copies = Parallel(build_module(layer), build_module(layer))
     names = [name for name, _ in module.named_parameters(recurse=False)]
     frozen = [[name] for name in names] + ([names] if len(names) > 1 else [])
     return [
-        network("first", build_module(layer), *decoder(), X=data(N, *shape)),
-        network("input", module, *decoder(), X=data(N, *shape), needs_grad=True),
+        network("first", [], new(), decoder(), X=data(N, *shape)),
+        network("input", [], new(), decoder(), X=data(N, *shape), needs_grad=True),
         middle("middle"),
-        network("last", *encoder(), module, nn.Flatten(), loss=nn.MSELoss),
-        network("copies", *encoder(), copies, *decoder()),
+        network("last", encoder(), new(), [nn.Flatten()], loss=nn.MSELoss),
+        network("copies", encoder(), new(2), decoder()),
         middle("subset", subset=[N - 1, 1]),
         middle("N = 1", X=data(1, *shape[:-1], 3)),
         *[middle("frozen", frozen=names) for names in frozen],
     ]
+
+
+# %%
+# The networks for all shapes of a sample.
 
 
 def make_networks(layer: Layer, cases: list[Case]) -> list[Network]:
@@ -1012,10 +1174,13 @@ def make_networks(layer: Layer, cases: list[Case]) -> list[Network]:
 # %%
 # The right answers need the network's Jacobian :math:`J_n` for each sample, and two
 # derivatives of the loss with respect to the network's output :math:`f_n`: the
-# gradient, and the Hessian :math:`H_n`. The individual gradient is :math:`J_n^\top
-# \partial L / \partial f_n`, the GGN is :math:`\sum_n J_n^\top H_n J_n`. Samples do
-# not meet in the loss, so all :math:`H_n` follow from the gradient summed over samples,
-# differentiated once more.
+# gradient :math:`\partial L / \partial f_n` and the Hessian :math:`H_n`.
+#
+# - The individual gradient is :math:`J_n^\top \, \partial L / \partial f_n`.
+# - The GGN is :math:`\sum_n J_n^\top H_n J_n`.
+#
+# Samples do not meet in the loss. So all :math:`H_n` follow from the gradient summed
+# over samples, differentiated once more.
 
 
 @cache
@@ -1085,7 +1250,7 @@ def run_backpack(
     layer: Layer, network: Network, kind: str, reduction: str
 ) -> dict[str, Tensor | None]:
     """Run BackPACK on a copy of the network; return what it stored, by name."""
-    extension = make_registered(layer, kind, network.layer_type, network.subset)
+    extension = make_registered(layer, kind, type(network.layers[0]), network.subset)
     net, loss = extend(deepcopy(network.net)), extend(network.loss(reduction=reduction))
     X = network.X.clone().requires_grad_(network.needs_grad)
     with backpack(extension):
@@ -1114,6 +1279,10 @@ def method_that_raised(error: Exception, names: list[str]) -> str | None:
     if "expects a backpropagation quantity" in str(error):
         return "backpropagate"
     return inside[-1] if inside else None
+
+
+# %%
+# One network, both reductions.
 
 
 def check_in_network(layer: Layer, network: Network, kind: str) -> list[Result]:
@@ -1149,7 +1318,7 @@ def diagnose_network(method: Method, failing: list[Result]) -> str:
     """Say what is wrong with a method that fails in networks only."""
     first = failing[0]
     columns = ", ".join(dict.fromkeys(result.column for result in failing))
-    if first.cell == "missing":
+    if first.cell == "missing" and method.name != "backpropagate":
         return f"not listed: super().__init__(params=[..., {method.name!r}])"
     return f"right by hand, but in networks ({columns}) {first.cell}: {first.note}"
 
@@ -1198,9 +1367,9 @@ class Report:
         return "\n".join([*parts, *self.diagnosis()])
 
     def diagnosis(self) -> list[str]:
-        """Return one text for each method that failed, in lines of 88 characters."""
+        """Return one text for each method that failed, in lines of 86 characters."""
         texts = [f"{row}: {text}" for row, text in self.diagnoses.items()]
-        return [textwrap.fill(t, 88, subsequent_indent="    ") for t in texts]
+        return [textwrap.fill(t, 86, subsequent_indent="    ") for t in texts]
 
     def raise_if_failed(self) -> None:
         """Raise an error that says what is wrong, if any check failed."""
@@ -1222,6 +1391,10 @@ def cells_of(results: list[Result]) -> tuple[list[str], list[str], dict]:
     return rows, columns, cells
 
 
+# %%
+# The printed table.
+
+
 def format_table(results: list[Result]) -> str:
     """Write the cells as a table, under a heading for each extension."""
     rows, columns, cells = cells_of(results)
@@ -1239,6 +1412,10 @@ def format_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+# %%
+# All of the above in one call.
+
+
 def check(
     layer: Layer,
     cases: list[Case] | None = None,
@@ -1254,6 +1431,8 @@ def check(
     Returns:
         All results, and a diagnosis for each method that failed.
     """
+    if not methods_of(layer):
+        raise ValueError("Nothing to check: give batch_grad, diag_ggn or both.")
     cases = make_cases(layer) if cases is None else cases
     networks = make_networks(layer, cases) if networks is None else networks
     by_hand, diagnoses = check_by_hand(layer, cases)
@@ -1262,18 +1441,7 @@ def check(
 
 
 # %%
-# Your layer
-# ----------
-# This runs all checks of ``MY_LAYER`` and prints the report. A cell is ``ok``, or the
-# relative distance from the right answer, or a word: ``shape``, ``raises``,
-# ``missing``, ``None``. In networks, ``input`` is the layer first with an input that
-# requires a gradient, and ``copies`` two of the layer side by side.
-
-report = check(MY_LAYER)
-print(report)
-
-# %%
-# The same as a picture.
+# First the picture of a table: blue is right, orange is wrong.
 
 
 def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
@@ -1281,18 +1449,44 @@ def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
     rows, columns, cells = cells_of(results)
     for (row, column), text in cells.items():
         x, y = columns.index(column), rows.index(row)
-        color = "C0" if text == "ok" else "C1"
-        box = plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fc=color, alpha=0.6, ec="white")
+        color, alpha = ("C0", 0.35) if text == "ok" else ("C1", 1)
+        box = plt.Rectangle(
+            (x - 0.5, y - 0.5), 1, 1, facecolor=color, alpha=alpha, edgecolor="white"
+        )
         ax.add_patch(box)
-        ax.text(x, y, text, ha="center", va="center")
+        ax.text(x, y, text, ha="center", va="center", color="black", fontsize="small")
     ax.set_xlim(-0.5, len(columns) - 0.5)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    ax.set_yticks(range(len(rows)), [row.split(".")[1] for row in rows])
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    labels = [row.removeprefix("Wrong.").replace("DiagGGNExact", "GGN") for row in rows]
+    ax.set_yticks(range(len(rows)), labels)
+    ax.set_xlabel("setting")
     ax.set_title(title)
 
 
-fig, axes = plt.subplots(2, 1, figsize=(7.5, 5.5), layout="constrained")
+# %%
+# Your layer
+# ----------
+# This runs all checks of ``MY_LAYER`` and prints the report. A cell says ``ok``, or the
+# relative distance from the right answer, or what is wrong in one word: ``shape``,
+# ``raises``, ``missing``, ``None``. Dots are settings that a method can not meet.
+#
+# The settings by hand: shapes of the input, a ``subset`` of the samples, the layer in
+# first place, an extension that is ``reused`` for a second layer. In networks: the
+# layer ``first``; first, with a gradient for the ``input``; in the ``middle``;
+# ``last``; two ``copies`` side by side; a ``subset``; one sample; and ``frozen``
+# parameters. There, a row ``backpropagate`` compares the GGN diagonal of the layers
+# before.
+
+report = check(MY_LAYER)
+print(report)
+
+# %%
+# The same as a picture.
+
+# sphinx_gallery_thumbnail_number = 2
+
+fig, axes = plt.subplots(2, 1, figsize=(8, 6.5), layout="constrained")
 draw(axes[0], report.by_hand, "Each method by hand")
 draw(axes[1], report.in_networks, "In networks")
 plt.show()
@@ -1598,9 +1792,9 @@ answers = {
     WrongReturn: "DiagGGNExact.bias: returns None",
     WrongInPlace: "DiagGGNExact.bias: changes V_out in place",
     WrongPattern: "DiagGGNExact.bias: raises only for [N, T, D]",
-    WrongTranspose: "DiagGGNExact.backpropagate: missing transpose of the Jacobian",
+    WrongTranspose: "DiagGGNExact.backpropagate: missing transpose",
     WrongIdentity: "DiagGGNExact.backpropagate: returns V_out unchanged",
-    WrongGain: "DiagGGNExact.backpropagate: leaves gain out, as if it were 1",
+    WrongGain: "DiagGGNExact.backpropagate: leaves gain out (as if it were 1)",
     WrongSign: "DiagGGNExact.backpropagate: sign lost",
     WrongMissing: "DiagGGNExact.backpropagate: the method backpropagate is missing",
     WrongParams: "DiagGGNExact.bias: not listed",
@@ -1635,15 +1829,60 @@ for wrong_class, answer in answers.items():
 # %%
 # The last one is the answer to a mistake that is on no list: the numbers, and no guess.
 #
-# Which check finds which mistake? Each row is a wrong extension, each column a setting.
+# Which check finds which mistake? In the picture, each row is a wrong extension and
+# each column a setting. The second half are networks.
 
-fig, ax = plt.subplots(figsize=(8, 6.5), layout="constrained")
 found = []
-for wrong_class, report in reports.items():
-    name = wrong_class.__name__.removeprefix("Wrong")
-    for result in report.by_hand + report.in_networks:
-        place = "net: " if result in report.in_networks else ""
-        cell = "ok" if result.ok else "found"
-        found.append(Result(f"Wrong.{name}", place + result.column, cell))
+for wrong_class, wrong_report in reports.items():
+    row = wrong_class.__name__.replace("Wrong", "Wrong.")
+    for results, place in [
+        (wrong_report.by_hand, ""),
+        (wrong_report.in_networks, "net: "),
+    ]:
+        for result in results:
+            cell = "ok" if result.ok else "wrong"
+            found.append(Result(row, place + result.column, cell))
+
+fig, ax = plt.subplots(figsize=(8, 7), layout="constrained")
 draw(ax, found, "Which check finds which wrong extension")
 plt.show()
+
+# %%
+# A single setting is not enough. ``Factor`` and ``SumFirst`` pass with a batch of one
+# sample. ``Subset`` shows only where a subset is asked for, ``Memory`` only where two
+# layers share an extension. ``SquareFirst`` passes with the layer last and a squared
+# error: there, each column of V has one entry per sample, so there is nothing to sum.
+# No network finds the lost sign, as squares hide it: for this, ``backpropagate`` must
+# be called by hand.
+
+claims = {
+    WrongFactor: ["[1, 4]", "[1, 2, 4]", "N = 1"],
+    WrongSumFirst: ["[1, 4]", "[1, 2, 4]", "N = 1"],
+    WrongSubset: ["[5, 4]", "1st layer", "reused", "middle", "copies", "frozen"],
+    WrongMemory: ["[5, 4]", "[5, 2, 4]", "first", "middle", "last", "frozen"],
+    WrongSquareFirst: ["last"],
+    WrongSign: ["first", "input", "middle", "last", "copies", "N = 1", "frozen"],
+}
+for wrong_class, columns in claims.items():
+    results = reports[wrong_class].by_hand + reports[wrong_class].in_networks
+    if not all(result.ok for result in results if result.column in columns):
+        raise AssertionError(f"{wrong_class.__name__} does not pass where it should.")
+
+# %%
+# What was verified
+# -----------------
+# Right extensions pass all checks: the scale module's, and those of a layer with a
+# matrix, a vector and a scalar parameter, square and not. Every method was compared
+# with Jacobians from autodiff in float64, by hand and in networks, within ``1e-8`` of
+# the largest number. Of 19 wrong extensions, 18 got the diagnosis that fits, and no
+# other; the last got "unknown".
+#
+# The tool has limits. It knows modules with one input and one output, whose samples do
+# not depend on each other, and checks ``BatchGrad`` and ``DiagGGNExact`` for parameters
+# of the module itself, not of its submodules.
+#
+# **Next:** `Temperature scaling <../3_in_use/1_temperature_scaling.html>`_ puts an
+# extension of the scale module to use.
+#
+# BackPACK: F. Dangel, F. Kunstner, P. Hennig, "BackPACK: Packing more into Backprop",
+# ICLR 2020, `arXiv:1912.10985 <https://arxiv.org/abs/1912.10985>`_.

@@ -76,7 +76,8 @@ for _ in range(200):
 
 # %%
 # The network is done now: we freeze it. Its outputs, the **logits** Z, will not change
-# any more, so we compute them once for each set and never run the network again.
+# any more. So we compute them once for each set, and need no network to fit the
+# temperature.
 
 network.requires_grad_(False)
 Z_train, Z_val, Z_test = network(X_train), network(X_val), network(X_test)
@@ -298,8 +299,8 @@ def derivatives(scale: ScaleModule, Z: Tensor, y: Tensor) -> tuple[float, ...]:
 
 
 # %%
-# Is the GGN the Hessian? ``jacrev(jacrev(...))`` differentiates the loss twice and knows
-# nothing of the GGN. We compare at several :math:`w`.
+# Is the GGN the Hessian? ``jacrev(jacrev(...))`` differentiates the loss twice and
+# knows nothing of the GGN. We compare at several :math:`w`.
 
 for value in [-1.0, 0.1, 0.5, 1.0]:
     loss, gradient, curvature = derivatives(make_scale(value), Z_val, y_val)
@@ -311,10 +312,11 @@ for value in [-1.0, 0.1, 0.5, 1.0]:
 
 # %%
 # The extension's second method, ``backpropagate``, does not run here: no one before the
-# scale module needs V. It runs when the network below is trained, too. So that it can
-# be trusted there, we check it against a VJP, sign included,
+# scale module needs V. It would run if the network were trained together with the
+# scale. So that it can be trusted then, we check it against a VJP, sign included,
 
-scale = make_scale(0.7)
+scale = make_scale(0.3)
+scale(Z_val[:6])  # so that it holds its input
 V_out = torch.randn(C, 6, C, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
@@ -325,11 +327,11 @@ torch.testing.assert_close(V_in, vmap(vjp)(V_out)[0])
 # and inside of the whole model, where all parameters are trained. The witness
 # takes the definition of the GGN at its word: the Jacobian J of the outputs, from
 # ``jacrev``, around the Hessian of the loss, :math:`\operatorname{diag}(\pi_n) - \pi_n
-# \pi_n^\top`. A few samples are enough. (``torch.func`` can't see through BackPACK's
-# hooks, so it comes first, and ``extend`` second.)
+# \pi_n^\top`. A few samples are enough. (``torch.func`` fails on modules with
+# BackPACK's hooks, so it comes first, and ``extend`` second.)
 
 X, y = X_val[:6], y_val[:6]
-model = nn.Sequential(*network, ScaleModule(0.7).to(device, torch.float64))
+model = nn.Sequential(*network, ScaleModule(0.3).to(device, torch.float64))
 parameters = {name: p.detach() for name, p in model.named_parameters()}
 J = jacrev(lambda parameters: functional_call(model, parameters, X))(parameters)
 pi = model(X).softmax(1).detach()
@@ -601,8 +603,8 @@ def draw_reliability(ax: plt.Axes, Z: Tensor, y: Tensor, title: str) -> None:
 
 # sphinx_gallery_thumbnail_number = 2
 fig, axes = plt.subplots(1, 2, figsize=(8, 4.2), sharey=True, layout="constrained")
-draw_reliability(axes[0], Z_test, y_test, f"Before: ECE {before[0]:.3f}")
-draw_reliability(axes[1], Z_scaled, y_test, f"After: ECE {after[0]:.3f}")
+draw_reliability(axes[0], Z_test, y_test, f"Reliability before: ECE {before[0]:.3f}")
+draw_reliability(axes[1], Z_scaled, y_test, f"Reliability after: ECE {after[0]:.3f}")
 axes[0].set_ylabel("accuracy, or share of samples")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
@@ -672,7 +674,7 @@ if visited != ["CrossEntropyLoss", "ScaleModule"]:
 # layer. The forward pass through the network remains. As we computed the logits once,
 # it is gone too. We time one evaluation of loss, gradient and curvature in three ways,
 # taking turns, and print medians as multiples of the last. (They depend on the
-# machine. With a larger network, the first two grow and the last does not.)
+# machine.)
 
 
 def evaluate(module: nn.Module, inputs: Tensor) -> None:
@@ -703,12 +705,12 @@ for name, times in seconds.items():
 # -----------------
 # Gradient and curvature agree with their formulas and with ``torch.func`` in float64;
 # the GGN is the Hessian. ``backpropagate`` agrees with a VJP, and the GGN diagonal of
-# the whole model with Jacobians from ``jacrev``. Undamped, Newton's method diverged from
-# :math:`w = 1`; with a line search it converged to where gradient descent ends. On test
-# data no prediction changed, the ECE fell by more than half and the cross-entropy by
-# more than 15%. The standard error from the curvature fits the spread over fresh
-# validation sets, up to the stated factor. With the network frozen, BackPACK
-# did not enter it.
+# the whole model with Jacobians from ``jacrev``. Undamped, Newton's method diverged
+# from :math:`w = 1`; with a line search it converged to where gradient descent ends. On
+# test data no prediction changed, the ECE fell by more than half and the cross-entropy
+# by more than 15%. The standard error from the curvature fits the spread over fresh
+# validation sets, up to the stated factor. With the network frozen, BackPACK did not
+# enter it.
 #
 # **Next:** `Laplace approximation with the GGN diagonal <2_laplace.html>`_ uses the
 # curvature of all parameters, to know what a network can't know.
