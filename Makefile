@@ -21,7 +21,8 @@ html: venv  ## Build the site, running every page that changed
 	@if [ -n "$(STALE)" ] || [ ! -e $(BUILD)/succeeded ]; then \
 	rm -rf $(STALE) $(BUILD)/doctrees && find docs/gallery -name '*.new' -delete; fi
 	@rm -rf $(BUILD)/succeeded $(BUILD)/html
-	$(SPHINX) -c . -d $(BUILD)/doctrees docs $(BUILD)/html
+	$(SPHINX) -c . -d $(BUILD)/doctrees docs $(BUILD)/html || { rm -rf $(BUILD)/html; \
+	echo "No site was built. Mend what is named above, then run the same again."; exit 1; }
 	@touch $(BUILD)/succeeded
 	@echo "Built. Open $(BUILD)/html/index.html, or run: make serve"
 
@@ -41,8 +42,8 @@ page: venv  ## Build one page quickly: make page PAGE=4_ggn_diagonal
 	@rm -rf $(ALONE) && mkdir -p $(ALONE)/docs
 	@cp -r conf.py requirements.txt $(ALONE) && cd docs \
 	&& cp -r _static _templates inventories _build/page/docs
-	@cp --parents examples/GALLERY_HEADER.rst $(FOUND) \
-	$(addsuffix GALLERY_HEADER.rst,$(sort $(dir $(FOUND)))) $(ALONE)
+	@tar cf - examples/GALLERY_HEADER.rst $(FOUND) \
+	$(addsuffix GALLERY_HEADER.rst,$(sort $(dir $(FOUND)))) | tar xf - -C $(ALONE)
 	@printf '%s\n' Preview '#######' '' '.. include:: gallery/index.rst' \
 	'   :start-after: what follows.' > $(ALONE)/docs/index.rst
 	cd $(ALONE) && ../../../$(SPHINX) -c . docs html
@@ -52,12 +53,13 @@ serve: html  ## Build the site and serve it at http://localhost:8000
 	$(IN_VENV) -m http.server --bind localhost --directory $(BUILD)/html
 
 linkcheck: html  ## Visit every link to another site
-	$(SPHINX) -c . -b linkcheck -t linkcheck docs $(BUILD)/linkcheck
+	@rm -rf $(BUILD)/linkcheck
+	$(SPHINX) -c . -b linkcheck docs $(BUILD)/linkcheck
 
 lint: venv-tests  ## Check format, style, spelling and the workflows
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m ruff check .
-	.venv/bin/codespell README.md conf.py Makefile docs/index.rst examples tests
+	.venv/bin/codespell -L nd README.md conf.py Makefile docs/index.rst examples tests
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows \
 	.github/workflows/*.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
@@ -66,7 +68,7 @@ clean:  ## Remove what was built, but not .venv
 	rm -rf docs/gallery $(BUILD)
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 # The copy of the requirements in .venv is written when all of them are installed.
 venv:

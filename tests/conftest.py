@@ -1,13 +1,16 @@
 """What all tests share: progress lines, the summary, and one build of the site."""
 
+from pathlib import Path
+
 import pages
 import pytest
+from repository import Repository
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Let ``pages.progress`` write to the terminal, past what pytest captures."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    pages.progress = reporter.write_line
+    pages.TERMINAL.append(reporter.write_line)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -16,3 +19,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("summary")
     for line in pages.SUMMARY:
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """Build the whole site once, in a copy of the repository."""
+    repository = Repository(tmp_path_factory.mktemp("built"))
+    pages.progress("building the site")
+    repository.build = repository.make("html")
+    assert repository.build.returncode == 0, repository.build.stdout
+    return repository
+
+
+@pytest.fixture(scope="session")
+def site(built: Repository) -> Path:
+    """Return the folder of the built site."""
+    return built.html

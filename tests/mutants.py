@@ -5,14 +5,16 @@ How it works
     ``class`` statement runs, through a hook on the base class (``__init_subclass__``).
     So inherited, nested and generated classes are found, and pages run unchanged.
 Survey
-    The page runs once. At each call of each method, all mutants are tried on the
-    side. One that never changes the returned value has *no effect* and is not made.
+    The page runs once. Where a method is called, all mutants are tried on the side: at
+    calls 1, 2, 4, 8, ... and at each with new shapes or a new subset. A mutant that
+    never changes the returned value has *no effect* and is not made.
 Hunt
     The page runs again. When a class is defined, the process forks once for each of
     its mutants; the copy breaks its method and runs the rest of the page. So what
     stands before the class runs only once.
 """
 
+import contextlib
 import copy
 import inspect
 import json
@@ -47,9 +49,9 @@ class NotHereError(Exception):
 class Call:
     """One call of a method: what comes in and, on demand, what comes out."""
 
-    def __init__(self, function: Callable, args: tuple, kwargs: dict):
+    def __init__(self, function: Callable, args: tuple, kwargs: dict, owner: type):
         """Store the call; nothing is computed yet."""
-        self.function = function
+        self.function, self.owner = function, owner
         self.bound = inspect.signature(function).bind(*args, **kwargs)
 
     def run(self) -> Any:
@@ -93,13 +95,30 @@ class Call:
             changed = (changed, *self.bound.args[position][1:])
         return self.run_with(position, changed)
 
+    def inputs_for(self, function: Callable) -> list[Tensor]:
+        """Return tensors that a function returned by the method accepts."""
+        module, accepted = self.module, []
+        for like in (*module.parameters(), module.input0, module.output):
+            x = torch.linspace(-1, 2, 2 * like.numel()).to(like).reshape(2, *like.shape)
+            with contextlib.suppress(Exception):
+                function(x)
+                accepted.append(x)
+        return accepted
+
+    @property
+    def kind(self) -> str:
+        """Return what makes this call unlike others: the shapes and the subset."""
+        tensors = tree_flatten((self.bound.args, vars(self.find(torch.nn.Module))))[0]
+        shapes = [list(t.shape) for t in tensors if isinstance(t, Tensor)]
+        return f"{shapes} {self.subset} {type(self.find(BackpropExtension))}"
+
     @property
     def subset(self) -> list[int] | None:
         """Return the samples that BackPACK was asked to consider."""
         if "subsampling" in self.bound.arguments:
             return self.bound.arguments["subsampling"]
         extension = self.find(BackpropExtension)
-        return None if extension is None else extension.get_subsampling()
+        return None if extension is None else extension._subsampling
 
     def run_with_subset(self, subset: list[int] | None) -> Any:
         """Call the method with another subset."""
@@ -108,6 +127,8 @@ class Call:
             bound.arguments = {**self.bound.arguments, "subsampling": subset}
             return self.function(*bound.args, **bound.kwargs)
         extension = self.find(BackpropExtension)
+        if extension is None:
+            raise NotHereError
         extension.get_subsampling = lambda: subset
         try:
             return self.run()
@@ -219,7 +240,9 @@ def transpose(tensor: Tensor, call: Call) -> Tensor:
 def lose_sample(tensor: Tensor, call: Call) -> Tensor:
     """Zero the last sample."""
     axis = call.sample_axis(tensor)
-    return tensor.index_fill(axis, torch.tensor([tensor.shape[axis] - 1]).to(tensor.device), 0)
+    return tensor.index_fill(
+        axis, torch.tensor([tensor.shape[axis] - 1]).to(tensor.device), 0
+    )
 
 
 def lose_feature(tensor: Tensor, call: Call) -> Tensor:
@@ -260,7 +283,11 @@ def square_wrong(sum_first: str) -> Callable[[Call], Any]:
         result = call.run()
         terms = gradient_terms(call)  # [C, N, outputs, parameters]
         samples, shape = terms.shape[1], call.parameter.shape
-        for axes, sizes in (((0, 1), shape), (0, (samples, *shape)), ((0, 2), (samples,))):
+        for axes, sizes in (
+            ((0, 1), shape),
+            (0, (samples, *shape)),
+            ((0, 2), (samples,)),
+        ):
             right = terms.sum(2).square().sum(axes).reshape(sizes)
             if isinstance(result, Tensor) and _close(right, result):
                 break
@@ -281,13 +308,21 @@ def square_wrong(sum_first: str) -> Callable[[Call], Any]:
 
 def gradient_terms(call: Call) -> Tensor:
     """Return V[c, n, o] * J[n, o, p]: their sum over o is the backpropagated V."""
-    name = call.function.__name__
-    module, parameter = call.module, getattr(call.module, name, None)
-    if not isinstance(parameter, torch.nn.Parameter):
+    module, parameters = call.module, dict(call.module.named_parameters())
+    names = [
+        call.function.__name__,
+        *(a for a in call.bound.args if isinstance(a, str)),
+    ]
+    name = next((name for name in names if name in parameters), None)
+    if name is None:
         raise NotHereError
-    call.parameter = parameter
+    call.parameter = parameter = parameters[name]
     x, V = module.input0.detach(), call.incoming[1].detach()
-    V = V.reshape(-1, len(V) if V.shape == module.output.shape else V.shape[1], *module.output.shape[1:])
+    V = V.reshape(
+        -1,
+        len(V) if V.shape == module.output.shape else V.shape[1],
+        *module.output.shape[1:],
+    )
     if call.subset is not None:
         V = V if V.shape[1] == len(call.subset) else V[:, call.subset]
         x = x[call.subset]
@@ -326,9 +361,16 @@ def shift_subset(call: Call) -> Any:
     return call.run_with_subset([(n + 1) % N for n in call.subset])
 
 
-REMOVED = "method removed"
+def without_method(call: Call) -> Any:
+    """Return what the method of the parent class returns, if there is one."""
+    instance, *args = call.bound.args
+    parent = getattr(super(call.owner, instance), call.function.__name__)
+    return parent(*args, **call.bound.kwargs)
+
+
+REMOVED = "method removed"  # its function is for the survey; the hunt does remove it
 SUBSET_IGNORED = "subset ignored"
-MUTANTS: dict[str, Callable[[Call], Any] | None] = {
+MUTANTS: dict[str, Callable[[Call], Any]] = {
     "scaled by 1.5": of_result(lambda tensor, _: 1.5 * tensor),
     "scaled by 1.01": of_result(lambda tensor, _: 1.01 * tensor),
     "zeroed": of_result(lambda tensor, _: torch.zeros_like(tensor)),
@@ -353,7 +395,7 @@ MUTANTS: dict[str, Callable[[Call], Any] | None] = {
     SUBSET_IGNORED: ignore_subset,
     "subset shifted": shift_subset,
     "None returned": lambda call: (call.run(), None)[1],
-    REMOVED: None,
+    REMOVED: without_method,
 }
 
 
@@ -361,9 +403,12 @@ MUTANTS: dict[str, Callable[[Call], Any] | None] = {
 # Find the classes
 # ---------------------------------------------------------------------------
 class Watcher:
-    """Calls ``found(key, cls, name)`` for each method of each class of a page."""
+    """Calls ``found(key, cls, name, owner)`` for each method of each class of a page.
 
-    def __init__(self, page: Path, found: Callable[[str, type, str], None]):
+    ``owner`` is the class that holds the method: ``cls`` itself or a mixin.
+    """
+
+    def __init__(self, page: Path, found: Callable[[str, type, str, type], None]):
         """Hook into BackPACK's base classes, in this process, for good."""
         self.page, self.found = page, found
         for root in ROOTS:
@@ -377,7 +422,7 @@ class Watcher:
         for name, owner in own_methods(cls).items():
             line = plain(owner.__dict__[name]).__code__.co_firstlineno
             label = cls.__qualname__.replace("<locals>.", "")
-            self.found(f"{label}.{name}:{line}", cls, name)
+            self.found(f"{label}.{name}:{line}", cls, name, owner)
 
 
 def own_methods(cls: type) -> dict[str, type]:
@@ -428,18 +473,17 @@ def survey(page: Path) -> Outcome:
     methods: dict[str, dict] = {}
     inside: list[str] = []
 
-    def found(key: str, cls: type, name: str) -> None:
-        methods.setdefault(
-            key, {"calls": 0, "subset": "not read", "no effect": [*MUTANTS][:-1]}
-        )
-        replace(cls, name, lambda function: watched(key, function))
+    def found(key: str, cls: type, name: str, owner: type) -> None:
+        entry = {"calls": 0, "subset": "not read", "no effect": [*MUTANTS]}
+        methods.setdefault(key, entry)
+        replace(cls, name, lambda function: watched(key, function, owner))
 
-    def watched(key: str, function: Callable) -> Callable:
-        entry = methods[key]
+    def watched(key: str, function: Callable, owner: type) -> Callable:
+        entry, kinds = methods[key], set()
 
         def method(*args: Any, **kwargs: Any) -> Any:
             entry["calls"] += 1
-            call = Call(function, args, kwargs)
+            call = Call(function, args, kwargs, owner)
             inside.append(key)
             try:
                 result = call.run()
@@ -449,14 +493,19 @@ def survey(page: Path) -> Outcome:
                 call.find(BackpropExtension), BatchGrad
             ):
                 note_read(key, call.bound.arguments.get("subsampling"))
-            count = entry["calls"]
-            if entry["no effect"] and (count <= 20 or count & (count - 1) == 0):
+            is_new = call.kind not in kinds or entry["calls"].bit_count() == 1
+            if entry["no effect"] and is_new:
+                kinds.add(call.kind)
                 seen = run_forked(
-                    lambda: [m for m in entry["no effect"] if has_effect(m, call, result)]
+                    lambda: [
+                        m for m in entry["no effect"] if has_effect(m, call, result)
+                    ]
                 )
                 if seen.code:
                     raise RuntimeError(f"{key}: {seen}")
-                entry["no effect"] = [m for m in entry["no effect"] if m not in seen.value]
+                entry["no effect"] = [
+                    m for m in entry["no effect"] if m not in seen.value
+                ]
             return result
 
         return method
@@ -478,10 +527,10 @@ def survey(page: Path) -> Outcome:
         Watcher(page, found)
         execute(page.read_text(), page)
         for entry in methods.values():
-            if entry["subset"] == "read" and SUBSET_IGNORED in entry["no effect"]:
-                entry["no effect"].remove(SUBSET_IGNORED)  # unproven on this page
-            if not entry["calls"]:
-                entry["no effect"] = []
+            no_effect = entry["no effect"]
+            if entry["subset"] == "read" and REMOVED not in no_effect:
+                # It reads the subset, but was never asked for one: still to be shown.
+                no_effect[:] = [m for m in no_effect if m != SUBSET_IGNORED]
         return {"methods": methods, "seconds": time.perf_counter() - start}
 
     return run_forked(run, limit=600)
@@ -490,15 +539,18 @@ def survey(page: Path) -> Outcome:
 def has_effect(mutant: str, call: Call, result: Any) -> bool:
     """Tell whether a mutant changes what this call returns (or makes it fail)."""
     try:
-        return differ(MUTANTS[mutant](call), result)
+        return differ(MUTANTS[mutant](call), result, call)
     except NotHereError:
         return False
     except Exception:
         return True
 
 
-def differ(first: Any, second: Any) -> bool:
-    """Tell whether two values differ by more than rounding."""
+def differ(first: Any, second: Any, call: Call) -> bool:
+    """Tell whether two values differ by more than rounding.
+
+    Two functions differ if they return different values for the same tensors.
+    """
     if isinstance(first, bool) or isinstance(second, bool):
         return bool(first) != bool(second)
     leaves, structure = tree_flatten(first)
@@ -509,7 +561,10 @@ def differ(first: Any, second: Any) -> bool:
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             if not _close(one, other):
                 return True
-        elif callable(one) or one != other:
+        elif callable(one) and callable(other):
+            if any(differ(one(x), other(x), call) for x in call.inputs_for(other)):
+                return True
+        elif one != other:
             return True
     return False
 
@@ -518,8 +573,11 @@ def _close(first: Tensor, second: Tensor) -> bool:
     if first.shape != second.shape:
         return False
     tolerance = 1e-4 if second.dtype == torch.float32 else 1e-8
-    scale = second.abs().max() if second.numel() else 0
-    return torch.allclose(first.to(second), second, rtol=tolerance, atol=tolerance * scale)
+    finite = second[second.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    return torch.allclose(
+        first.to(second), second, tolerance, tolerance * scale, equal_nan=True
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -536,7 +594,7 @@ def hunt(page: Path, mutants: dict[str, list[str]], seconds: float) -> Outcome:
     running: dict[int, tuple[str, str]] = {}
     me: list[tuple[str, str]] = []  # in a forked copy: the mutant that it is
 
-    def found(key: str, cls: type, name: str) -> None:
+    def found(key: str, cls: type, name: str, owner: type) -> None:
         if not me:
             for mutant in todo.pop(key, []):
                 while len(running) >= WORKERS:
@@ -595,7 +653,7 @@ def break_method(cls: type, name: str, mutant: str) -> None:
 
     def make(function: Callable) -> Callable:
         def method(*args: Any, **kwargs: Any) -> Any:
-            call = Call(function, args, kwargs)
+            call = Call(function, args, kwargs, cls)
             try:
                 return MUTANTS[mutant](call)
             except NotHereError:
@@ -608,7 +666,9 @@ def break_method(cls: type, name: str, mutant: str) -> None:
 
 def reason(error: BaseException, page: Path) -> str:
     """Say in one line how a page failed: error, line of the page, message."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(page)]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(page)
+    ]
     where = f"line {frames[0].lineno}" if frames else "unknown line"
     message = str(error).strip().split("\n")[0][:100]
     return f"{type(error).__name__} at {where}: {message}"

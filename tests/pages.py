@@ -5,16 +5,19 @@ PyTorch, BackPACK and Matplotlib are imported once, here. A page then runs in a
 next one. One thread a process, since a pool of threads does not survive a fork.
 """
 
+import builtins
 import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,14 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(ROOT.glob("examples/**/[0-9]*.py"))
 
-# The one warning that a page may give without the build turning it into an error.
-HARMLESS = "Full backward hook is firing"
+# The build turns every warning into an error, apart from these; see conf.py. Here they
+# are in the form of Python's option -W, the last one first in force.
+WARNINGS = (
+    "error",
+    "ignore:Full backward hook is firing:UserWarning",
+    "ignore::DeprecationWarning",
+    "error::DeprecationWarning:__main__",
+)
 
 torch.set_num_threads(1)
 # The first use of these imports hundreds of modules: do it before any fork.
@@ -49,13 +58,19 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT / "examples").with_suffix(""))
 
 
-# Lines that are printed when all tests are done.
-SUMMARY: list[str] = []
+SUMMARY: list[str] = []  # lines to print when all tests are done
+TERMINAL: list[Callable[[str], None]] = [print]  # conftest.py adds the real one
 
 
 def progress(text: str) -> None:
-    """Show a line at once; conftest.py lets it reach the terminal."""
-    print(text)
+    """Show a line at once, past what pytest captures."""
+    TERMINAL[-1](text)
+
+
+def two_at_a_time(function: Callable[[Any], Any], items: list) -> list:
+    """Return ``[function(item) for item in items]``, computed by two threads."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))
 
 
 def execute(source: str, path: Path | str) -> dict[str, Any]:
@@ -63,16 +78,21 @@ def execute(source: str, path: Path | str) -> dict[str, Any]:
 
     Warnings are errors, as in the build, and figures are not shown.
     """
-    plt.show = lambda *args, **kwargs: plt.close("all")
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", HARMLESS, UserWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+    prepare()
     main = types.ModuleType("__main__")
     main.__file__ = str(path)
     sys.modules["__main__"] = main
     exec(compile(source, str(path), "exec"), main.__dict__)
     return main.__dict__
+
+
+def prepare() -> None:
+    """Turn warnings into errors, and let ``plt.show()`` show nothing."""
+    plt.show = lambda *args, **kwargs: plt.close("all")
+    for option in WARNINGS:
+        action, message, category, module = [*option.split(":"), "", "", ""][:4]
+        kind = getattr(builtins, category or "Warning")
+        warnings.filterwarnings(action, message, kind, module)
 
 
 @dataclass
@@ -90,19 +110,51 @@ class Outcome:
         return f"exit code {self.code}:\n" + self.output[-2500:]
 
 
-def run_forked(function: Callable[[], Any], limit: float = 120) -> Outcome:
-    """Call ``function`` in a forked process that starts in an empty folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        output, value = Path(folder, "output"), Path(folder, "value")
-        Path(folder, "empty").mkdir()
+class Forked:
+    """A function that runs in a forked process, which starts in an empty folder."""
+
+    def __init__(self, function: Callable[[], Any], limit: float = 120):
+        """Start; after ``limit`` seconds the process ends with SIGALRM."""
+        self.folder = tempfile.TemporaryDirectory()
+        self.output = Path(self.folder.name, "output")
+        self.value = Path(self.folder.name, "value")
+        Path(self.folder.name, "empty").mkdir()
         sys.stdout.flush()
-        pid = os.fork()
+        self.pid = os.fork()
+        if self.pid == 0:
+            work = lambda: self.value.write_text(json.dumps(function()))  # noqa: E731
+            finish(work, self.output, limit)
+
+    def outcome(self, flags: int = 0) -> Outcome | None:
+        """Wait for the end, or with ``os.WNOHANG`` return None before the end."""
+        pid, status = os.waitpid(self.pid, flags)
         if pid == 0:
-            finish(lambda: value.write_text(json.dumps(function())), output, limit)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        text = output.read_text(errors="replace")
-        result = json.loads(value.read_text()) if value.exists() else None
-        return Outcome(code, text, result)
+            return None
+        with self.folder:
+            text = self.output.read_text(errors="replace")
+            value = json.loads(self.value.read_text()) if self.value.exists() else None
+        return Outcome(os.waitstatus_to_exitcode(status), text, value)
+
+
+def run_forked(function: Callable[[], Any], limit: float = 120) -> Outcome:
+    """Call ``function`` in a forked process and wait for it."""
+    return Forked(function, limit).outcome()
+
+
+def run_all_forked(functions: list[Callable[[], Any]], limit: float) -> list[Outcome]:
+    """Call each function in a forked process of its own, two at the same time."""
+    outcomes: list[Outcome | None] = [None] * len(functions)
+    todo, running = list(enumerate(functions)), {}
+    while todo or running:
+        while todo and len(running) < 2:
+            number, function = todo.pop(0)
+            running[number] = Forked(function, limit)
+        for number, process in list(running.items()):
+            if outcome := process.outcome(os.WNOHANG):
+                outcomes[number] = outcome
+                del running[number]
+        time.sleep(0.005)
+    return outcomes
 
 
 def finish(function: Callable[[], Any], output: Path, limit: float) -> None:
@@ -119,7 +171,9 @@ def finish(function: Callable[[], Any], output: Path, limit: float) -> None:
         function()
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        code = (
+            error.code if isinstance(error.code, int) else int(error.code is not None)
+        )
     except BaseException:
         traceback.print_exc()
     finally:

@@ -84,17 +84,23 @@ def listen(context: BrowserContext, home: str) -> tuple[Page, list[str]]:
     page.on("pageerror", lambda error: problems.append(f"error: {error}"))
     page.on(
         "console",
-        lambda message: message.type in ["error", "warning"]
-        and problems.append(f"console: {message.text}"),
+        lambda message: (
+            message.type in ["error", "warning"]
+            and problems.append(f"console: {message.text}")
+        ),
     )
     page.on(
         "request",
-        lambda request: request.url.startswith((home, "data:"))
-        or problems.append(f"request to another host: {request.url}"),
+        lambda request: (
+            request.url.startswith((home, "data:"))
+            or problems.append(f"request to another host: {request.url}")
+        ),
     )
     page.on(
         "response",
-        lambda answer: answer.status < 400 or problems.append(f"{answer.status}: {answer.url}"),
+        lambda answer: (
+            answer.status < 400 or problems.append(f"{answer.status}: {answer.url}")
+        ),
     )
     return page, problems
 
