@@ -15,8 +15,11 @@ We will:
 
 You should know how to write a ``torch.nn.Module`` and how to call ``backward``. You
 need not know anything about BackPACK. It computes quantities that PyTorch's
-``backward`` does not: individual gradients (one gradient for each sample of a batch)
-and curvature, such as the diagonal of the generalized Gauss-Newton matrix (GGN).
+``backward`` does not. Each kind is requested with an object called an **extension**.
+First-order extensions use gradients only; ``BatchGrad``, for one, computes individual
+gradients, one for each sample of a batch. Second-order extensions use curvature;
+``DiagGGNExact``, for one, computes the diagonal of the generalized Gauss-Newton matrix
+(GGN).
 """
 
 import warnings
@@ -35,7 +38,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # ---------
 # Our layer multiplies its input by one trainable number, :math:`z = w x`. No one needs
 # such a class, because the multiplication can be written down anywhere. But its
-# derivatives fit on one line, so that we can give all attention to BackPACK.
+# derivatives fit on one line, so we can concentrate on BackPACK.
 
 
 class ScaleModule(nn.Module):
@@ -63,8 +66,8 @@ class ScaleModule(nn.Module):
 
 
 # %%
-# It does what it says: N = 6 samples with D = 4 features go in, twice their value comes
-# out.
+# We check it: a batch of N = 6 samples with D = 4 features is doubled. (The C = 3
+# classes of the labels ``y`` are for later.)
 
 N, D, C = 6, 4, 3
 
@@ -75,17 +78,18 @@ scale = ScaleModule().to(device)
 torch.testing.assert_close(scale(X), 2 * X)
 
 # %%
-# (BackPACK has a class of the same name, ``backpack.custom_module.scale_module.
-# ScaleModule``. It multiplies by a fixed number and has no parameter. It is not ours.)
+# (BackPACK has a class of the same name in ``backpack.custom_module.scale_module``. It
+# multiplies by a fixed number and has no parameter. It is not ours.)
 #
 # Why a module
 # ------------
-# BackPACK does not read your code. It gets to know of a computation through **hooks**:
+# BackPACK does not read your code. It learns about a computation through **hooks**:
 # functions that PyTorch calls whenever data passes through a ``torch.nn.Module``, on
 # the way forward and on the way back. A plain function has no hooks. So whatever
 # you want BackPACK to treat must be a module of its own.
 #
-# ``extend`` adds one hook for each direction, to the module and to all modules inside.
+# ``extend`` adds one hook for each direction, in place, and returns the module. (The
+# two attributes below are private to PyTorch. We only look.)
 
 print(f"before extend: {len(scale._forward_hooks)} forward hook(s)")
 print(f"               {len(scale._backward_hooks)} backward hook(s)")
@@ -123,22 +127,22 @@ for name in ["input0", "output"]:
 print("input0 and output are gone")
 
 # %%
-# PyTorch had something to say in this backward pass. We recorded it:
+# PyTorch raised a warning in this backward pass. We recorded it:
 
 for warning in caught:
     print(f"{warning.category.__name__}: {warning.message}")
 
 # %%
 # This warning is harmless. It comes up when a module with a hook gets input for which
-# no gradient is needed, and that is always so for the first layer, which gets the data.
-# You will meet it in your own code. On the following pages it is not
-# shown again.
+# no gradient is needed. That is so for the first layer, because data rarely needs a
+# gradient. You will meet it when you run these pages. The rendered pages leave it out.
 #
 # Where the layer sits
 # --------------------
-# On these pages the scale module stands in a small classifier with three layers. The
-# figure shows it as a computation graph, drawn by a few lines of Matplotlib. Round
-# nodes are tensors, boxes are layers with their parameters.
+# The scale module stands in a small classifier with three layers. The figure shows it
+# as a computation graph. Circles are tensors. Boxes are layers with their parameters,
+# and the loss with its labels :math:`y`; the thick frame is the layer that BackPACK
+# does not know. (The code only draws. You can skip it.)
 
 layers = ["Linear", "ScaleModule", "Linear", "CrossEntropyLoss"]
 tensors = ["$x^{(0)}$", "$x^{(1)}$", "$x^{(2)}$", "$x^{(3)}$", r"$\ell$"]
@@ -160,18 +164,20 @@ for i, (layer, parameter) in enumerate(zip(layers, parameters, strict=True)):
     ax.text(
         2 * i + 1, 0.85, f"{layer}\n{parameter}", bbox=box, fontsize="small", **node
     )
-    ax.plot([2 * i + 1, 2 * i + 1], [0.1, 0.62], ":", color="0.3")
+    ax.plot([2 * i + 1, 2 * i + 1], [0.1, 0.85], ":", color="0.3", zorder=0)
     for y_arrow, start, end, color in [
         (0.08, 2 * i + 0.4, 2 * i + 1.6, "C0"),
         (-0.16, 2 * i + 1.6, 2 * i + 0.4, "C1"),
         (-0.40, 2 * i + 1.6, 2 * i + 0.4, "C2"),
     ]:
+        into_data = i == 0 and color != "C0"
         arrow = {"arrowstyle": "->", "color": color, "linewidth": 1.6}
+        arrow["linestyle"] = ":" if into_data else "-"
         ax.annotate("", (end, y_arrow), (start, y_arrow), arrowprops=arrow)
 for color, label in [
     ("C0", "data (forward)"),
     ("C1", "gradients (backward)"),
-    ("C2", "V, a square root of the GGN (backward)"),
+    ("C2", "V (backward, second order only)"),
 ]:
     ax.plot([], [], color=color, label=label)
 ax.set(xlim=(-0.5, 8.5), ylim=(-1.0, 1.2))
@@ -181,23 +187,30 @@ ax.set_title("Data flows right, gradients and V flow left")
 plt.show()
 
 # %%
-# Data flows to the right. In the backward pass PyTorch sends gradients to the left.
-# BackPACK's **first-order extensions** look at these gradients when they pass a layer,
-# and send nothing of their own. Its **second-order extensions** send a further
-# quantity to the left. For the GGN it is called V, and
-# `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ says what it is. So a
-# layer can do two things wrong: to compute its own result wrongly, and to pass on a
-# wrong V.
+# Data flows to the right. In the backward pass PyTorch sends gradients to the left, but
+# none into the data unless it requires a gradient (dotted). BackPACK's **first-order
+# extensions** look at these gradients when they pass a layer, and send nothing of their
+# own. Its **second-order extensions** send a further quantity to the left. For the GGN
+# it is called V, and `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ says
+# what it is. So two things can go wrong in a layer: its own result, and the V that it
+# passes on.
 #
 # First order: a warning
 # ----------------------
-# Here is the network. ``extend`` reaches the three layers inside.
+# Here is the network. ``extend`` reaches the three layers inside. It does not put hooks
+# on the ``Sequential`` around them, which computes nothing itself.
 
 model = nn.Sequential(nn.Linear(D, 5), ScaleModule(), nn.Linear(5, C)).to(device)
 model = extend(model)
 loss_function = extend(nn.CrossEntropyLoss())
 
+print(f"hooks on the Sequential: {len(model._backward_hooks)}")
+
 # %%
+# The loss is extended, too: V starts there, so second-order extensions need it.
+# An extension is active inside ``with backpack(...)``. Only ``backward`` has to be
+# inside.
+#
 # ``BatchGrad`` computes individual gradients, and stores them in the attribute
 # ``grad_batch`` of each parameter. BackPACK knows ``Linear`` and does not know
 # ``ScaleModule``. It warns, and goes on.
@@ -208,7 +221,7 @@ with warnings.catch_warnings(record=True) as caught:
         loss_function(model(X), y).backward()
 
 texts = [str(warning.message) for warning in caught]
-[message] = [text for text in texts if "does not have an extension" in text]
+[message] = [text for text in texts if "does not have an extension" in text]  # one
 print(f"UserWarning: {message}")
 
 # %%
@@ -221,14 +234,14 @@ for name, parameter in model.named_parameters():
     print(f"{name:>8}  grad: {list(parameter.grad.shape)!s:6}  grad_batch: {shape}")
 
 # %%
-# Whoever then asks for them gets an error that does not name the cause.
+# Asking for them raises an error that does not name the cause.
 
 try:
     print(model[1].weight.grad_batch)
 except AttributeError as error:
     print(f"AttributeError: {error}")
 else:
-    raise RuntimeError("BackPACK knows ScaleModule. This page is out of date.")
+    raise RuntimeError("No error was raised. This page is out of date.")
 
 # %%
 # Second order: an error
@@ -242,11 +255,11 @@ try:
 except NotImplementedError as error:
     print(f"NotImplementedError: {error}")
 else:
-    raise RuntimeError("BackPACK knows ScaleModule. This page is out of date.")
+    raise RuntimeError("No error was raised. This page is out of date.")
 
 # %%
 # How far did it get? The backward pass starts at the loss. The last layer was
-# treated before the scale module was reached, and the first never was.
+# treated before the scale module was reached. The first layer was not reached.
 
 for name, parameter in model.named_parameters():
     diagonal = getattr(parameter, "diag_ggn_exact", None)
@@ -254,16 +267,51 @@ for name, parameter in model.named_parameters():
     print(f"{name:>8}  diag_ggn_exact: {shape}")
 
 # %%
+# Layers without parameters
+# -------------------------
+# Does a layer without parameters need an extension? ``BatchGrad`` has nothing to
+# compute for it, and passes in silence. ``DiagGGNExact`` must send V through it, and
+# raises.
+
+
+class Double(nn.Module):
+    """Multiply the input by two."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Return ``2 * X`` for ``X`` of shape ``[N, *]``."""
+        return 2 * X
+
+
+model = extend(nn.Sequential(nn.Linear(D, 5), Double(), nn.Linear(5, C)).to(device))
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    with backpack(BatchGrad()):
+        loss_function(model(X), y).backward()
+if any("does not have an extension" in str(warning.message) for warning in caught):
+    raise RuntimeError("BatchGrad warned. This page is out of date.")
+print(f"grad_batch of the first layer: {list(model[0].weight.grad_batch.shape)}")
+
+try:
+    with backpack(DiagGGNExact()):
+        loss_function(model(X), y).backward()
+except NotImplementedError as error:
+    print(f"NotImplementedError: {error}")
+else:
+    raise RuntimeError("No error was raised. This page is out of date.")
+
+# %%
 # What was verified
 # -----------------
 # The layer doubles its input. A forward pass leaves ``input0`` and ``output`` on
 # an extended module, and they hold the right tensors; a backward pass removes them. For
 # a layer that BackPACK does not know, ``BatchGrad`` warns and leaves no ``grad_batch``,
-# and ``DiagGGNExact`` raises ``NotImplementedError``. Both were provoked when this page
-# was built. Should a future BackPACK know ``ScaleModule``, the build fails here.
+# and ``DiagGGNExact`` raises ``NotImplementedError``. Without parameters, only the
+# second complains. All of this happened when this page was built. Should a future
+# BackPACK treat unknown layers differently, the build fails here.
 #
-# **Next:** `Individual gradients <2_individual_gradients.html>`_ mends the first of the
-# two.
+# **Next:** `Individual gradients <2_individual_gradients.html>`_ makes the warning go
+# away.
 #
 # BackPACK: F. Dangel, F. Kunstner, P. Hennig, "BackPACK: Packing more into Backprop",
 # ICLR 2020, `arXiv:1912.10985 <https://arxiv.org/abs/1912.10985>`_.

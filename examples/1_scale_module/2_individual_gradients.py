@@ -11,17 +11,18 @@ We will:
 2. turn this one line of math into a module extension, and register it;
 3. look at what BackPACK hands to the extension, and in which shapes;
 4. honor subsampling, so that only chosen samples are computed;
-5. compare with a loop over samples and with ``torch.func``, with the layer at every
-   place of a network, for inputs of two shapes and both reductions of the loss.
+5. compare with a loop over samples and with ``torch.func``, with the layer at several
+   places in a network, for inputs of two shapes and both reductions of the loss.
 
 You should know PyTorch's ``nn.Module`` and ``backward``, and what ``extend`` does: see
 `A layer BackPACK does not know <1_module.html>`_.
 
 The letters are the same on all pages: N samples in a batch, T steps of a sequence, D
-features, C classes.
+features, C classes. Their sizes differ from page to page.
 """
 
 import math
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -79,8 +80,11 @@ class ScaleModule(nn.Module):
 # forgets the summands. We want the summands, the **individual gradients**
 # :math:`g_n = r \, \partial \ell_n / \partial w`.
 #
-# For one sample the layer computes :math:`z_n = w x_n`, where :math:`x_n` and
-# :math:`z_n` have :math:`D` entries. By the chain rule,
+# We assume that no layer mixes samples, as batch normalization does. For one sample our
+# layer computes :math:`z_n = w x_n`, where its input :math:`x_n` and its output
+# :math:`z_n` have :math:`D` entries. Write :math:`\mathrm{J}_w z_n` for the Jacobian,
+# the derivatives of all entries of :math:`z_n` with respect to :math:`w`. By the chain
+# rule,
 #
 # .. math::
 #     g_n
@@ -88,9 +92,9 @@ class ScaleModule(nn.Module):
 #     = x_n^\top \, \frac{\partial L}{\partial z_n}
 #     = \sum_{d=1}^{D} x_{nd} \, \frac{\partial L}{\partial z_{nd}} .
 #
-# This is a VJP: a vector (the gradient with respect to the layer's output) times a
-# Jacobian (of the output with respect to the parameter). That Jacobian is a single
-# column, :math:`\mathrm{J}_w z_n = x_n`. We let PyTorch confirm it.
+# This is a VJP: the transposed Jacobian (of the output with respect to the parameter)
+# times a vector (the gradient with respect to the output). Here the Jacobian is a
+# single column, :math:`\mathrm{J}_w z_n = x_n`. We let PyTorch confirm it.
 
 N, T, D, C = 7, 3, 4, 5
 
@@ -102,8 +106,10 @@ torch.testing.assert_close(jacobian, X.unsqueeze(-1))
 print(f"Jacobian of all N outputs: {list(jacobian.shape)}")
 
 # %%
-# Now the right-hand side of the equation. PyTorch gives us
-# :math:`\partial L / \partial z`; the sum over :math:`d` is one ``einsum``.
+# Now the right-hand side of the equation, for a loss with ``reduction="sum"``, so
+# :math:`r = 1`. The linear layer ``head`` stands for the rest of the network. PyTorch
+# gives us :math:`\partial L / \partial z`; the sum over :math:`d` is one ``einsum``.
+# (We use the one of einops: tensors first, then a pattern with named axes.)
 
 y = torch.randint(C, (N,), device=device)
 head = nn.Linear(D, C, dtype=torch.float64, device=device)
@@ -138,17 +144,17 @@ for n in range(N):
 # - for each of these, **a method with the parameter's name**. What it returns is
 #   stored in the parameter's attribute ``grad_batch``.
 #
-# BackPACK calls the method with the running extension ``ext``, the layer ``module``,
-# and two tuples: the gradients with respect to the layer's inputs, ``g_inp``, and with
-# respect to its output, ``g_out``. The last argument ``bp`` is what second-order
-# extensions send from layer to layer; first-order extensions send nothing, so it is
-# ``None``. The input of the forward pass waits in ``module.input0``.
+# BackPACK calls the method, for each parameter that requires a gradient, with the
+# running extension ``ext``, the layer ``module``, and two tuples: the gradients with
+# respect to the layer's inputs, ``g_inp``, and with respect to its output, ``g_out``.
+# The last argument ``bp`` is what second-order extensions send from layer to layer;
+# first-order extensions send nothing, so it is ``None``. The arguments are passed by
+# position. The input of the forward pass waits in ``module.input0``.
 #
 # Two things make the method general. The ellipsis in the ``einsum`` pattern sums over
 # all axes behind the first, so that ``[N, D]``, ``[N, T, D]`` and images are all served
-# by one line. And ``subsample`` keeps the samples that the user asked for, or all if
-# there was no such wish: BackPACK always hands over the full batch, and leaves it to
-# us to cut.
+# by one line. And ``subsample`` keeps the samples that the user asked for, by default
+# all: BackPACK always hands over the full batch, and leaves it to us to cut.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):
@@ -162,7 +168,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
         self,
         ext: BatchGrad,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         bp: None,
     ) -> Tensor:
@@ -186,13 +192,16 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 # %%
 # The result must have the shape of the parameter, ``[1]``, behind a batch axis. That is
-# why ``unsqueeze`` turns ``[N]`` into ``[N, 1]``. BackPACK does not check this shape.
+# why ``unsqueeze`` turns ``[N]`` into ``[N, 1]``. For a parameter of shape ``[D]``, the
+# sum would keep the axis ``d``. `BackPACK does not check this shape
+# <../2_any_layer/5_contract_and_traps.html#nothing-checks-what-you-return>`_.
 #
 # Registration
 # ------------
 # ``set_module_extension`` connects the layer's class with our module extension. The
 # entry lives in one ``BatchGrad`` object, so a function that builds a
-# registered object is the convenient form. We build a fresh one for each use.
+# registered object is the convenient form. We build a fresh one for each use. (For
+# second-order extensions it will be more than convenient.)
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
@@ -208,7 +217,7 @@ def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
 
 # %%
 # That is all. A first run, on the scale module and the linear layer from above:
-# ``extend`` the model and the loss, and call ``backward`` inside
+# ``extend`` the model and the loss (in place), and call ``backward`` inside
 # ``with backpack(...)``. The result is the one that we computed by hand.
 
 scale = ScaleModule().to(device, torch.float64)
@@ -237,12 +246,12 @@ fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
 for n, (step, end) in enumerate(zip(steps, sums, strict=True)):
     color, direction = ("C0", "up") if step > 0 else ("C2", "down")
     ax.bar(n, step, bottom=end - step, color=color, label=f"moves the sum {direction}")
-    ax.hlines(end, n - 0.4, n + 1.4, color="0.3", linewidth=0.8)
+    ax.hlines(end, n - 0.4, n + 1.4, color="0.3", linewidth=0.8)  # to the next one
 ax.bar(N, scale.weight.grad.item(), color="C1", label="gradient (.grad)")
 ax.axhline(0, color="black", linewidth=0.8)
 ax.use_sticky_edges = False
 ax.autoscale_view()
-ax.set_xticks(range(N + 1), [f"$g_{{{n}}}$" for n in range(N)] + ["sum"])
+ax.set_xticks(range(N + 1), [f"$g_{{{n}}}$" for n in range(1, N + 1)] + ["sum"])
 ax.set_xlabel("sample")
 ax.set_ylabel("sum so far")
 ax.set_title("Individual gradients of the scale weight add up to .grad")
@@ -254,13 +263,13 @@ plt.show()
 # %%
 # What the method is given
 # ------------------------
-# To see the arguments at the call, we put a class in front that prints their shapes and
-# then does what ``ScaleModuleBatchGrad`` does. This is a useful way to explore a new
-# layer. We register it over the first entry, which BackPACK only allows with
-# ``overwrite=True``.
+# To see the arguments at the call, we subclass ``ScaleModuleBatchGrad`` and print their
+# shapes. This is a useful way to explore a new layer. We register the class over the
+# first entry, which `BackPACK only allows with overwrite=True
+# <../2_any_layer/5_contract_and_traps.html>`_.
 
 
-class TellingBatchGrad(ScaleModuleBatchGrad):
+class PrintingBatchGrad(ScaleModuleBatchGrad):
     """``ScaleModuleBatchGrad`` that prints the shapes of what it is given."""
 
     def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
@@ -274,10 +283,12 @@ class TellingBatchGrad(ScaleModuleBatchGrad):
         return super().weight(ext, module, g_inp, g_out, bp)
 
 
-telling_extension = make_batch_grad()
-telling_extension.set_module_extension(ScaleModule, TellingBatchGrad(), overwrite=True)
+printing_extension = make_batch_grad()
+printing_extension.set_module_extension(
+    ScaleModule, PrintingBatchGrad(), overwrite=True
+)
 
-with backpack(telling_extension):
+with backpack(printing_extension):
     extended_loss_function(model(X), y).backward()
 
 torch.testing.assert_close(scale.weight.grad_batch, g_w.unsqueeze(-1))
@@ -291,7 +302,8 @@ torch.testing.assert_close(scale.weight.grad_batch, g_w.unsqueeze(-1))
 # ``backward`` starts at the loss, so all that arrives at a layer carries the factor
 # :math:`r`. With ``reduction="mean"``, ``grad_batch`` holds :math:`g_n = \frac{1}{N}
 # \partial \ell_n / \partial w`. If you want gradients of the samples' own losses, use
-# ``"sum"``, or multiply by N.
+# ``"sum"``, or multiply by N. (Unlike ``.grad``, which adds up, ``grad_batch`` is
+# replaced by each backward pass.)
 
 gradients = {}
 for reduction in ["sum", "mean"]:
@@ -320,9 +332,9 @@ torch.testing.assert_close(gradients["sum"], N * C * gradients["mean"])
 # Two independent witnesses
 # -------------------------
 # We need right answers from elsewhere to compare with. The first witness is a loop: a
-# forward and a backward pass for each sample, as a batch of size one. For a batch of
-# one sample, ``"mean"`` and ``"sum"`` are the same, so the loop gives the gradients of
-# the samples' own losses, without :math:`r`.
+# forward and a backward pass for each sample, as a batch of size one. For cross-entropy
+# and a batch of one sample, ``"mean"`` and ``"sum"`` are the same, so the loop gives
+# the gradients of the samples' own losses, without :math:`r`.
 
 
 def loop_over_samples(
@@ -332,7 +344,7 @@ def loop_over_samples(
 
     Args:
         model: The network.
-        loss_function: Loss with any reduction.
+        loss_function: Cross-entropy with reduction ``"mean"`` or ``"sum"``.
         weight: The parameter, shape ``[1]``.
         X: Inputs, shape ``[N, *]``.
         y: Class indices, shape ``[N]``.
@@ -357,7 +369,7 @@ def vmap_over_samples(
 
     Args:
         model: The network, not extended.
-        loss_function: Loss with any reduction, not extended.
+        loss_function: Cross-entropy with either reduction, not extended.
         name: Name of the parameter in ``model``; it has shape ``[1]``.
         X: Inputs, shape ``[N, *]``.
         y: Class indices, shape ``[N]``.
@@ -378,9 +390,9 @@ def vmap_over_samples(
 # %%
 # The check
 # ---------
-# A layer that works alone may still fail inside a network. So we build networks
-# with the scale module first, in the middle and last. ``Flatten`` lets the same network
-# take ``[N, D]`` and ``[N, T, D]``.
+# We build networks with the scale module first, in the middle and last. (For
+# second-order extensions the place will matter a lot.) ``Flatten`` lets the same
+# network take ``[N, D]`` and ``[N, T, D]``.
 
 places = {"first": 0, "middle": 2, "last": 4}
 
@@ -403,8 +415,10 @@ def make_network(place: str, input_shape: tuple[int, ...]) -> nn.Sequential:
 
 
 # %%
-# The witnesses run before ``extend`` touches the network. Then BackPACK computes all
-# samples, and after that only samples 4, 0 and 2, in this order.
+# The witnesses run before ``extend`` touches the network, because ``torch.func`` cannot
+# run through BackPACK's hooks. Then BackPACK computes all samples, and after that only
+# samples 4, 0 and 2, in this order. The factor :math:`r` stays :math:`1/N` for a
+# subset.
 
 
 def check(make_extension, place: str, input_shape: tuple[int, ...], reduction: str):
@@ -446,31 +460,46 @@ for place in places:
             print(f"{place:>6}  {reduction:>4}  {[N, *input_shape]}: all agree")
 
 # %%
-# Would a mistake be noticed? We forget to honor the subset, a mistake that is easy
-# to make: all N gradients come back where three were asked for.
+# Would a mistake be noticed? We try two that are easy to make. One forgets the subset.
+# The other takes the mean over all axes behind the first, where the VJP has a sum.
 
 
-class WrongBatchGrad(ScaleModuleBatchGrad):
+class WrongSubsetBatchGrad(ScaleModuleBatchGrad):
     """Wrong on purpose: ignores which samples are wanted."""
 
     def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
         """Compute the gradients of all samples, shape ``[N, 1]``."""
-        return super().weight(BatchGrad(), module, g_inp, g_out, bp)
+        wants_all = BatchGrad()
+        return super().weight(wants_all, module, g_inp, g_out, bp)
 
 
-def make_wrong_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
-    """Build a ``BatchGrad`` with the wrong module extension."""
+class WrongMeanBatchGrad(ScaleModuleBatchGrad):
+    """Wrong on purpose: takes the mean over features instead of the sum."""
+
+    def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
+        """Compute gradients that are too small, shape ``[N, 1]``."""
+        g_n = super().weight(ext, module, g_inp, g_out, bp)
+        return g_n / module.input0[0].numel()
+
+
+# %%
+# Both are caught.
+
+
+def make_wrong(wrong_class: type, subsampling: list[int] | None = None) -> BatchGrad:
+    """Build a ``BatchGrad`` with a wrong module extension."""
     extension = BatchGrad(subsampling=subsampling)
-    extension.set_module_extension(ScaleModule, WrongBatchGrad())
+    extension.set_module_extension(ScaleModule, wrong_class())
     return extension
 
 
-try:
-    check(make_wrong_batch_grad, "middle", (D,), "sum")
-except AssertionError as error:
-    print(f"Caught: {error}")
-else:
-    raise RuntimeError("The check did not notice the wrong extension.")
+for wrong_class in [WrongSubsetBatchGrad, WrongMeanBatchGrad]:
+    try:
+        check(partial(make_wrong, wrong_class), "middle", (D,), "sum")
+    except AssertionError as error:
+        print(f"{wrong_class.__name__} is caught: {str(error).splitlines()[0]}")
+    else:
+        raise RuntimeError(f"The check did not notice {wrong_class.__name__}.")
 
 # %%
 # What was verified
@@ -479,7 +508,7 @@ else:
 # extension agrees with a loop over samples and with ``vmap`` in float64, at the default
 # tolerance of ``torch.testing.assert_close``: with the layer first, in the middle and
 # last, for ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, all samples and a
-# subset. A method that ignores the subset is caught.
+# subset. Two wrong extensions are caught.
 #
 # **Next:** `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ prepares the
 # second-order extension.

@@ -2,8 +2,9 @@ r"""
 The GGN and its diagonal, derived
 =================================
 
-After this page you know what V is, why its squares are the diagonal of the generalized
-Gauss-Newton matrix (GGN), and which two products a layer has to contribute.
+After this page you know what V is, why its squared entries, summed over the columns,
+are the diagonal of the generalized Gauss-Newton matrix (GGN), and which two products a
+layer has to contribute.
 
 We will:
 
@@ -14,9 +15,9 @@ We will:
 5. write the recursions down for the scale module, for one sample and for a batch;
 6. see where GGN and Hessian agree, and where they do not.
 
-You should know Jacobians and the chain rule. No BackPACK is needed before the last
-check of step 2. Under each equation stands the line that evaluates it, in float64, with
-the Jacobians and Hessians of ``torch.func``.
+You should know Jacobians and the chain rule. BackPACK appears only once, when we look
+at the square root that it uses. The code below each equation evaluates it, in float64,
+with the Jacobians and Hessians of ``torch.func``.
 """
 
 import matplotlib.pyplot as plt
@@ -39,12 +40,13 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # .. math::
 #     x^{(0)} &= x \, , \\
 #     x^{(k)} &= f^{(k)}(x^{(k-1)}; \theta^{(k)})
-#     \qquad k = 1, \dots, l \, , \\
-#     f_\theta(x) &= x^{(l)} \, .
+#     \qquad k = 1, \dots, K \, , \\
+#     f_\theta(x) &= x^{(K)} \, .
 #
-# Ours has :math:`l = 3` layers: a linear layer with a sigmoid, the scale module, and a
+# Ours has :math:`K = 3` layers: a linear layer with a sigmoid, the scale module, and a
 # linear layer. Each is a function of its flat parameter vector and its input. First we
-# look at one sample; the batch comes at the end.
+# look at one sample; the batch comes later. D features go in, H hidden features are
+# in the middle, and C outputs come out, one for each class.
 
 D, H, C = 3, 2, 4
 
@@ -73,7 +75,7 @@ def layer_3(theta: Tensor, x: Tensor) -> Tensor:
 # .. math::
 #     \theta =
 #     \begin{pmatrix}
-#         \theta^{(1)} \\ \vdots \\ \theta^{(l)}
+#         \theta^{(1)} \\ \vdots \\ \theta^{(K)}
 #     \end{pmatrix}
 #     \in \mathbb{R}^p
 
@@ -111,7 +113,8 @@ def loss(f: Tensor, y: Tensor) -> Tensor:
 # -------
 # The Jacobian :math:`\mathrm{J}_\theta f` holds the derivative of each output with
 # respect to each parameter. The Hessian :math:`\nabla_f^2 \ell` holds the second
-# derivatives of the loss with respect to the output. The GGN puts one around the other:
+# derivatives of the loss with respect to the output. The GGN multiplies the Hessian
+# with the Jacobian from both sides:
 #
 # .. math::
 #     G(\theta) =
@@ -128,20 +131,21 @@ G = J.T @ loss_hessian @ J
 print(f"J {list(J.shape)}, loss Hessian {list(loss_hessian.shape)}, G {list(G.shape)}")
 
 # %%
-# A GGN of a real network, with millions of parameters, does not fit into memory. Its
-# diagonal does. The way to it leads through a square root.
+# The GGN of a network with a million parameters has :math:`10^{12}` entries, 4 TB in
+# float32. Its diagonal has a million, 4 MB. The way to it leads through a square root.
 #
 # A square root of the loss's Hessian
 # -----------------------------------
-# :math:`\ell` is convex in :math:`f`: no eigenvalue of its Hessian is negative (up to
-# rounding). So the Hessian has a real square root :math:`S` with
+# Cross-entropy is convex in :math:`f`: no eigenvalue of its Hessian is negative (up to
+# rounding). So the Hessian has a real square root. By this we mean any matrix :math:`S`
+# with
 #
 # .. math::
 #     \nabla_f^2 \ell = S S^\top \, .
 
 eigenvalues = torch.linalg.eigvalsh(loss_hessian)
 torch.testing.assert_close(eigenvalues, eigenvalues.clamp(min=0))
-print("eigenvalues:", " ".join(f"{e:.4f}" for e in eigenvalues.abs()))
+print(f"largest eigenvalue: {eigenvalues.max():.4f}, none is negative")
 
 # %%
 # For softmax cross-entropy :math:`S` is known in closed form. With the probabilities
@@ -168,8 +172,10 @@ S = pi.sqrt().diag() - pi.outer(pi.sqrt())
 torch.testing.assert_close(S @ S.T, loss_hessian)
 
 # %%
-# BackPACK uses the same :math:`S`. It stores its columns along the first axis,
-# with the batch behind it: ``[C, N, C]``.
+# BackPACK uses the same :math:`S`. It stores its C columns along the first axis, then
+# the N samples, then the C outputs: ``[C, N, C]``. (It computes S from what an extended
+# loss remembers of its forward pass. The two ``None`` stand for gradients that
+# cross-entropy does not need.)
 
 loss_function = extend(nn.CrossEntropyLoss())
 loss_function(f.unsqueeze(0).requires_grad_(), y.unsqueeze(0))
@@ -181,7 +187,7 @@ torch.testing.assert_close(S_backpack[:, 0, :].T, S)
 # %%
 # A square root of the GGN
 # ------------------------
-# Put :math:`S S^\top` into the definition of the GGN, and it falls apart into a matrix
+# Put :math:`S S^\top` into the definition of the GGN, and it factors into a matrix
 # times its transpose:
 #
 # .. math::
@@ -192,23 +198,37 @@ torch.testing.assert_close(S_backpack[:, 0, :].T, S)
 
 V = J.T @ S
 torch.testing.assert_close(V @ V.T, G)
-print(f"V {list(V.shape)}: one row a parameter, one column a class")
+print(f"V {list(V.shape)}: one row per parameter, one column per class")
 
 # %%
 # What do the columns mean? Column :math:`c` of :math:`S` is :math:`-\sqrt{\pi_c}` times
 # the gradient of the loss **if the label were** :math:`c`. So column :math:`c` of V is
-# that gradient with respect to the parameters, weighted by how likely the network takes
-# class :math:`c` to be. (This is why the GGN of softmax cross-entropy is also the
-# Fisher information matrix.)
+# that gradient with respect to the parameters, times the same factor:
 #
 # .. math::
-#     V_{:, c} = -\sqrt{\pi_c} \; \nabla_\theta \, \ell(f_\theta(x), c)
+#     V_{:, c} = -\sqrt{\pi_c} \; g_c \, ,
+#     \qquad
+#     g_c = \nabla_\theta \, \ell(f_\theta(x), c) \, .
 
 labels = torch.arange(C, device=device)
-gradients = jacrev(lambda theta: vmap(loss, (None, 0))(network(theta, x), labels))(
-    theta
-)
+
+
+def losses(theta: Tensor) -> Tensor:
+    """Return the loss for each possible label, shape ``[C]``."""
+    return vmap(loss, (None, 0))(network(theta, x), labels)
+
+
+gradients = jacrev(losses)(theta)  # one row per label
 torch.testing.assert_close(V, -(pi.sqrt() * gradients.T))
+
+# %%
+# This is why, for softmax cross-entropy, the GGN is also the Fisher information matrix:
+# the mean of the gradient's outer product, over labels drawn from the network.
+#
+# .. math::
+#     G = \sum_{c=1}^{C} \pi_c \; g_c \, g_c^\top
+
+torch.testing.assert_close(G, einsum(pi, gradients, gradients, "c, c i, c j -> i j"))
 
 # %%
 # The diagonal
@@ -225,10 +245,10 @@ diagonal = V.square().sum(1)
 torch.testing.assert_close(diagonal, G.diagonal())
 
 # %%
-# The picture shows all that we have so far. Lines mark the layers; the single row
-# between two lines belongs to the scale module. The square root V is tall and thin; G,
-# which we avoid, is large. (Colors show the square root of the size, with the
-# sign, so that small entries can be seen.)
+# The picture shows all that we have so far. Lines separate the layers; the narrow block
+# between two lines belongs to the scale module. V is tall and thin; G, which we avoid,
+# is large. (Purple is positive, orange negative. Each panel has its own scale, and
+# small entries are exaggerated so that they can be seen.)
 
 edges = torch.tensor([0, *sizes]).cumsum(0)[1:-1] - 0.5
 matrices = {"J": J, "S": S, "V": V, "G": G, "diag(G)": diagonal.unsqueeze(1)}
@@ -268,12 +288,12 @@ plt.show()
 # .. math::
 #     \mathrm{J}_\theta f =
 #     \begin{pmatrix}
-#         \mathrm{J}_{\theta^{(1)}} f & \dots & \mathrm{J}_{\theta^{(l)}} f
+#         \mathrm{J}_{\theta^{(1)}} f & \dots & \mathrm{J}_{\theta^{(K)}} f
 #     \end{pmatrix} \, ,
 #     \qquad
 #     V =
 #     \begin{pmatrix}
-#         V_{\theta^{(1)}} \\ \vdots \\ V_{\theta^{(l)}}
+#         V_{\theta^{(1)}} \\ \vdots \\ V_{\theta^{(K)}}
 #     \end{pmatrix} \, ,
 #     \qquad
 #     V_{\theta^{(k)}} = (\mathrm{J}_{\theta^{(k)}} f)^\top S \, .
@@ -292,7 +312,7 @@ torch.testing.assert_close(torch.cat([J_k.T @ S for J_k in J_blocks]), V)
 # Two recursions
 # --------------
 # The parameters of layer :math:`k` reach the output only through that layer's output
-# :math:`x^{(k)}`. The same holds for its input. The chain rule says:
+# :math:`x^{(k)}`. So does the layer's input :math:`x^{(k-1)}`. The chain rule says:
 #
 # .. math::
 #     \mathrm{J}_{\theta^{(k)}} f &=
@@ -303,21 +323,38 @@ torch.testing.assert_close(torch.cat([J_k.T @ S for J_k in J_blocks]), V)
 #     (\mathrm{J}_{x^{(k)}} f) \,
 #     (\mathrm{J}_{x^{(k-1)}} x^{(k)}) \, .
 #
-# Transpose both, multiply with :math:`S` from the right, and write :math:`V_{x^{(k)}} =
-# (\mathrm{J}_{x^{(k)}} f)^\top S`. What remains is a backward pass that starts with
-# :math:`S` and uses, at each layer, the Jacobians of that layer alone:
-#
-# .. math::
-#     V_{x^{(l)}} &= S \, , \\
-#     V_{\theta^{(k)}} &=
-#     (\mathrm{J}_{\theta^{(k)}} x^{(k)})^\top \, V_{x^{(k)}} \, , \\
-#     V_{x^{(k-1)}} &=
-#     (\mathrm{J}_{x^{(k-1)}} x^{(k)})^\top \, V_{x^{(k)}}
-#     \qquad k = l, \dots, 1 \, .
+# To evaluate both, we go from the last layer to the first, and start with
+# :math:`\mathrm{J}_{x^{(K)}} f = I`.
 
 xs = [x]
 for layer, theta_k in zip(layers, theta.split(sizes), strict=True):
     xs.append(layer(theta_k, xs[-1]))
+
+J_f = torch.eye(C, dtype=torch.float64, device=device)
+for k in [3, 2, 1]:
+    layer, theta_k = layers[k - 1], theta.split(sizes)[k - 1]
+    J_theta, J_x = jacrev(layer, argnums=(0, 1))(theta_k, xs[k - 1])
+    torch.testing.assert_close(J_f @ J_theta, J_blocks[k - 1])
+    J_f = J_f @ J_x
+
+torch.testing.assert_close(J_f, jacrev(network, argnums=1)(theta, x))
+
+# %%
+# Now transpose both equations, multiply with :math:`S` from the right, and write
+# :math:`V_{x^{(k)}} = (\mathrm{J}_{x^{(k)}} f)^\top S`. What remains is a backward pass
+# that starts with :math:`S` and uses, at each layer, the Jacobians of that layer alone:
+#
+# .. math::
+#     V_{x^{(K)}} &= S \, , \\
+#     V_{\theta^{(k)}} &=
+#     (\mathrm{J}_{\theta^{(k)}} x^{(k)})^\top \, V_{x^{(k)}} \, , \\
+#     V_{x^{(k-1)}} &=
+#     (\mathrm{J}_{x^{(k-1)}} x^{(k)})^\top \, V_{x^{(k)}}
+#     \qquad k = K, \dots, 1 \, .
+#
+# Note the two roles of V: :math:`V_{x^{(k)}}` is what travels backward, a square root
+# of the GGN with respect to a layer's output. :math:`V_{\theta^{(k)}}` is what a layer
+# computes from it, its block of V.
 
 V_x = {3: S}
 V_theta = {}
@@ -326,11 +363,13 @@ for k in [3, 2, 1]:
     J_theta, J_x = jacrev(layer, argnums=(0, 1))(theta_k, xs[k - 1])
     V_theta[k] = J_theta.T @ V_x[k]
     V_x[k - 1] = J_x.T @ V_x[k]
-    print(f"layer {k}: V_theta {list(V_theta[k].shape)}, V_x {list(V_x[k - 1].shape)}")
+    shapes = [list(V_theta[k].shape), list(V_x[k - 1].shape)]
+    print(f"layer {k}: V_theta[{k}] {shapes[0]}, V_x[{k - 1}] {shapes[1]}")
 
 # %%
 # The stacked blocks are V. The recursion's last :math:`V_x` belongs to the network's
-# input; no parameter needs it, but it must be right as well.
+# input; no parameter needs it. (BackPACK leaves it out unless the input requires a
+# gradient.)
 
 torch.testing.assert_close(torch.cat([V_theta[1], V_theta[2], V_theta[3]]), V)
 torch.testing.assert_close(V_x[0], jacrev(network, argnums=1)(theta, x).T @ S)
@@ -345,7 +384,9 @@ torch.testing.assert_close(V_x[0], jacrev(network, argnums=1)(theta, x).T @ S)
 # The scale module
 # ----------------
 # For :math:`x^{(2)} = w x^{(1)}` the two Jacobians are :math:`\mathrm{J}_w x^{(2)} =
-# x^{(1)}` (one column) and :math:`\mathrm{J}_{x^{(1)}} x^{(2)} = w I`. The recursions
+# x^{(1)}` (one column) and :math:`\mathrm{J}_{x^{(1)}} x^{(2)} = w I`. We write
+# :math:`V_\text{out} = V_{x^{(2)}}` for what the layer receives, :math:`V_\text{in} =
+# V_{x^{(1)}}` for what it sends on, and :math:`V_w = V_{\theta^{(2)}}`. The recursions
 # become
 #
 # .. math::
@@ -360,17 +401,9 @@ torch.testing.assert_close(w * V_x[2], V_x[1])
 # %%
 # A batch
 # -------
-# With :math:`N` samples, the loss is a sum, and so is the GGN: :math:`G = \sum_n G_n`.
-# The diagonal for the scale weight is
-#
-# .. math::
-#     \operatorname{diag}(G)_w =
-#     \sum_{n=1}^{N} \sum_{c=1}^{C}
-#     \Big( \sum_{d} x_{nd} \, V_{cnd} \Big)^2 \, .
-#
-# Here :math:`x_n` is the input of the scale module for sample :math:`n`, and the V of
-# all samples is stored as BackPACK stores it: columns first, then samples, then
-# features. The left-hand side, from the definition:
+# With :math:`N` samples, the loss is a sum over samples. No output of one sample
+# depends on another, so the GGN is a sum, too: :math:`G = \sum_n G_n`. We compare with
+# the definition, applied to the whole batch and all its :math:`N C` outputs.
 
 N = 5
 X = torch.randn(N, D, dtype=torch.float64, device=device)
@@ -383,12 +416,32 @@ def ggn(x: Tensor, y: Tensor) -> Tensor:
     return J.T @ hessian(loss)(network(theta, x), y) @ J
 
 
-scale_index = sizes[0]
-expected = vmap(ggn)(X, Y).sum(0)[scale_index, scale_index]
+def ggn_of_batch(reduction: str) -> Tensor:
+    """Return the GGN of a batch by its definition, shape ``[p, p]``."""
+    outputs = vmap(network, (None, 0))(theta, X)
+    J = jacrev(lambda theta: vmap(network, (None, 0))(theta, X))(theta)
+    batch_loss = nn.CrossEntropyLoss(reduction=reduction)
+    batch_hessian = hessian(lambda outputs: batch_loss(outputs, Y))(outputs)
+    return einsum(J, batch_hessian, J, "n c i, n c m d, m d j -> i j")
+
+
+G_batch = ggn_of_batch("sum")
+torch.testing.assert_close(vmap(ggn)(X, Y).sum(0), G_batch)
 
 # %%
-# The right-hand side, from the inputs of the scale module and V at its output:
+# Each sample has C columns, so V of the batch has :math:`N C`. The diagonal for the
+# scale weight is
+#
+# .. math::
+#     \operatorname{diag}(G)_w =
+#     \sum_{n=1}^{N} \sum_{c=1}^{C}
+#     \Big( \sum_{d} x_{nd} \, V_{cnd} \Big)^2 \, .
+#
+# Here :math:`x_n` is the input of the scale module for sample :math:`n`, and the V of
+# all samples is stored as BackPACK stores it: columns first, then samples, then
+# features. We build V from S and the transposed Jacobian of layer 3, its weight matrix.
 
+expected = G_batch[sizes[0], sizes[0]]
 theta_1, theta_2, theta_3 = theta.split(sizes)
 X_scale = vmap(layer_1, (None, 0))(theta_1, X)
 Pi = vmap(network, (None, 0))(theta, X).softmax(1)
@@ -416,22 +469,14 @@ for wrong in [too_early, too_late]:
         raise RuntimeError("The order makes no difference here.")
 
 # %%
-# With ``reduction="mean"``, the loss is divided by :math:`N`. So are its Hessian and
-# the GGN; :math:`S` and V are divided by :math:`\sqrt{N}`. Other losses with ``mean``
-# divide by something else, and all of it ends up in :math:`S`: a layer never has to
-# care.
+# With ``reduction="mean"``, the loss is divided by :math:`N`, and so are its Hessian
+# and the GGN. :math:`S` and V are divided by :math:`\sqrt{N}`. (``nn.MSELoss`` divides
+# by :math:`N C` instead.) All of this ends up in :math:`S`; the two products of a layer
+# stay the same.
 
-
-def mean_loss(F: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the outputs ``F`` of shape ``[N, C]``."""
-    return nn.functional.cross_entropy(F, Y)
-
-
-F = vmap(network, (None, 0))(theta, X)
-mean_hessian = hessian(mean_loss)(F)
-for n in range(N):
-    S_n = S_batch[n] / N**0.5
-    torch.testing.assert_close(S_n @ S_n.T, mean_hessian[n, :, n, :])
+V_w_of_mean = einsum(X_scale, V_out / N**0.5, "n d, c n d -> c n")
+diagonal_of_mean = ggn_of_batch("mean").diagonal()[sizes[0]]
+torch.testing.assert_close(V_w_of_mean.square().sum(), diagonal_of_mean)
 
 # %%
 # GGN and Hessian
@@ -468,8 +513,9 @@ if torch.allclose(full_hessian[blocks[1]][:, blocks[1]], G[blocks[1]][:, blocks[
 
 # %%
 # The Hessian may have negative eigenvalues; the GGN, as :math:`V V^\top`, has none.
-# That is why optimizers like it. The picture shows where the two differ: in the
-# first layer's block, and where two layers meet.
+# So the quadratic model that an optimizer builds with it has no downward curvature. The
+# picture shows where the two differ: in the first layer's block, and where two layers
+# meet.
 
 lowest_hessian = torch.linalg.eigvalsh(full_hessian).min()
 lowest_ggn = torch.linalg.eigvalsh(G).min()
@@ -485,8 +531,11 @@ for ax, title, matrix in zip(
     image = ax.imshow(matrix.cpu(), cmap="PuOr", vmin=-limit, vmax=limit)
     ax.hlines(edges, *ax.get_xlim(), color="black", linewidth=0.8)
     ax.vlines(edges, *ax.get_ylim(), color="black", linewidth=0.8)
-    ax.set(title=title, xticks=[], yticks=[], xlabel="parameters")
-fig.colorbar(image, ax=axes, shrink=0.8)
+    middles = [block.double().mean().item() for block in blocks.values()]
+    ax.set(title=title, xlabel="parameters of layer")
+    ax.set_xticks(middles, blocks)
+    ax.set_yticks(middles, blocks)
+fig.colorbar(image, ax=axes, shrink=0.8, label="second derivative")
 plt.show()
 
 # %%

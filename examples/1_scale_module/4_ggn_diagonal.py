@@ -4,7 +4,7 @@ The GGN diagonal, backpropagated
 
 After this page you can make BackPACK compute the diagonal of the generalized
 Gauss-Newton matrix (GGN) in networks that hold a layer of your own, and you know how to
-test that you did it right.
+test it.
 
 We will:
 
@@ -14,12 +14,12 @@ We will:
 3. register the extension and look at V when it arrives;
 4. compute the GGN diagonal a second way, by GGN-vector products;
 5. compare the two in networks in which ``backpropagate`` really runs;
-6. break ``backpropagate`` on purpose, and see which check notices and which does not.
+6. break the extension on purpose, and see which check notices what.
 
-The two recursions come from `The GGN and its diagonal, derived
-<3_ggn_derivation.html>`_; how an extension is registered, from `Individual gradients
-<2_individual_gradients.html>`_. The letters: N samples, T steps of a sequence, D
-features, C classes, and V for the square root of the GGN that travels backward.
+`The GGN and its diagonal, derived <3_ggn_derivation.html>`_ derives the two recursions.
+`Individual gradients <2_individual_gradients.html>`_ shows how to register an
+extension. The letters: N samples, T steps of a sequence, D features, C classes. V is
+what travels backward: a square root of the GGN with respect to a layer's output.
 """
 
 import math
@@ -69,15 +69,15 @@ class ScaleModule(nn.Module):
 # %%
 # Two steps for each layer
 # ------------------------
-# The Hessian of the loss with respect to the network's output has a square root,
-# :math:`\nabla^2_f \ell = S S^\top`. BackPACK starts with :math:`V = S` at the output,
-# a matrix with :math:`C` columns for each sample, and sends it backward through the
+# The Hessian of the loss with respect to the network's output :math:`f` has a square
+# root, :math:`\nabla^2_f L = S S^\top`. BackPACK starts with :math:`V = S` at the
+# output, with :math:`C` columns for each sample, and sends it backward through the
 # layers. Each layer receives the V of its output, :math:`V_\text{out}`, and does two
 # things:
 #
 # - **for its parameters:** multiply with the Jacobian of the output with respect to the
-#   parameter, transposed. The squares of the result, summed over the columns, are the
-#   GGN diagonal;
+#   parameter, transposed. The squares of the result, summed over columns and samples,
+#   are the GGN diagonal;
 # - **for the layers before it:** multiply with the Jacobian of the output with respect
 #   to the input, transposed. The result, :math:`V_\text{in}`, is what the layer before
 #   receives.
@@ -85,7 +85,7 @@ class ScaleModule(nn.Module):
 # BackPACK stores the :math:`C` columns along the **first** axis: V has shape ``[C, N,
 # *]``, and each of the C slices has the shape of the layer's output. For the scale
 # module, :math:`z_n = w x_n`, the two Jacobians are :math:`x_n` and :math:`w` times the
-# identity. So for class :math:`c` and sample :math:`n`,
+# identity. So for column :math:`c` and sample :math:`n`,
 #
 # .. math::
 #     V_w[c, n] &= \sum_d x_{nd} \, V_\text{out}[c, n, d] \, , \\
@@ -96,15 +96,18 @@ class ScaleModule(nn.Module):
 # .. math::
 #     \operatorname{diag}(G)_w = \sum_n \sum_c V_w[c, n]^2 \, .
 #
-# Mind the order: sum over the features, **then** square, then sum over classes and
-# samples.
+# Mind the order: sum over all axes of a sample (features, and steps if there are any),
+# **then** square, then sum over columns and samples.
 #
 # The extension
 # -------------
-# Second-order extensions inherit from ``ModuleExtension``. The method for a
-# parameter is named after it, as for ``BatchGrad``; the step for the layers before
-# must be named ``backpropagate``. Both get V as their last argument. There is no loop
-# over the C columns: one operation treats them all.
+# Second-order extensions inherit from ``ModuleExtension``. The method for a parameter
+# is named after it, as for ``BatchGrad``; the step for the layers before must be named
+# ``backpropagate``. Both get V as their last argument. (It is passed by position, so
+# the name is free; for ``BatchGrad`` we called it ``bp``.) There is no loop over the C
+# columns: one operation treats them all. Mind that the input comes first in the
+# ``einsum``. With V first the result is the same, but `it can take several times as
+# long <../3_in_use/3_cost.html>`_.
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
@@ -118,7 +121,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -134,14 +137,14 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         Returns:
             GGN diagonal, summed over the batch, shape ``[1]``.
         """
-        V_w = einsum(V_out, module.input0, "c n ..., n ... -> c n")
+        V_w = einsum(module.input0, V_out, "n ..., c n ... -> c n")
         return V_w.square().sum().reshape(1)
 
     def backpropagate(
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -162,61 +165,90 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 # %%
 # The result of ``weight`` has the shape of the parameter: the GGN diagonal is summed
-# over the batch. (``BatchDiagGGNExact`` would keep the samples apart.)
+# over the batch. "Exact" means that V has all C columns; other extensions sample a few.
+#
+# A layer without parameters needs ``backpropagate`` alone. If ``backpropagate`` is
+# missing, `the layers before do not get their V
+# <../2_any_layer/5_contract_and_traps.html>`_.
 #
 # Each method against a VJP
 # -------------------------
 # Both methods can be called by hand. They need a layer that has been through a forward
 # pass, so that ``module.input0`` is there, and any V. With random numbers for V, we
-# compare with what ``torch.func.vjp`` computes for each column. This check sees what
-# the GGN itself cannot show: squares hide the sign of V.
+# compare with what ``torch.func.vjp`` computes for each column. For ``backpropagate``,
+# this check also sees a wrong sign, which the squares of the GGN diagonal hide. (A
+# wrong sign does harm where two branches of a network meet and their V is added up.)
+#
+# The witness for ``backpropagate`` is the VJP with respect to the input; ``vmap`` runs
+# it for each of the C columns. The layer's ``forward`` is called directly, because
+# ``torch.func`` cannot run through BackPACK's hooks.
 
 N, T, D, C = 5, 2, 3, 4
 
-layer = extend(ScaleModule(weight=-1.5)).to(device, torch.float64)
-X = torch.randn(N, D, dtype=torch.float64, device=device)
-V_out = torch.randn(C, N, D, dtype=torch.float64, device=device)
-layer(X)
 
-module_extension = ScaleModuleDiagGGNExact()
-V_in = module_extension.backpropagate(None, layer, None, None, V_out)
+def compare_by_hand(module_extension: ModuleExtension, *axes: int) -> None:
+    """Compare both methods with VJPs, for a layer outside of any network.
+
+    Args:
+        module_extension: The module extension for ``ScaleModule``.
+        axes: Size of the axes of one sample, ``D`` or ``T, D``.
+
+    Raises:
+        AssertionError: If one of the methods is wrong.
+    """
+    layer = extend(ScaleModule(weight=-1.5)).to(device, torch.float64)
+    X = torch.randn(N, *axes, dtype=torch.float64, device=device)
+    V_out = torch.randn(C, N, *axes, dtype=torch.float64, device=device)
+    layer(X)
+
+    _, input_vjp = torch.func.vjp(layer.forward, X)
+    V_in = module_extension.backpropagate(None, layer, None, None, V_out)
+    torch.testing.assert_close(V_in, torch.func.vmap(input_vjp)(V_out)[0])
+
+    diagonal = module_extension.weight(None, layer, None, None, V_out)
+    V_w = weight_vjps(layer, X, V_out)
+    torch.testing.assert_close(diagonal, V_w.square().sum((0, 1)))
+
 
 # %%
-# The witness for ``backpropagate``: the VJP with respect to the input, for each of the
-# C columns.
-
-w = layer.weight.detach()
-_, input_vjp = torch.func.vjp(lambda X: w * X, X)
-(V_in_by_vjp,) = torch.func.vmap(input_vjp)(V_out)
-
-torch.testing.assert_close(V_in, V_in_by_vjp)
-print(f"V_out {list(V_out.shape)} -> V_in {list(V_in.shape)}")
-
-# %%
-# The witness for ``weight``: the VJP with respect to the parameter, for each column and
-# each sample, then squares, then the sum.
+# The witness for ``weight`` is the VJP with respect to the parameter, for each column
+# and each sample. Then come the squares, then the sum.
 
 
-def weight_vjp(x: Tensor, v: Tensor) -> Tensor:
-    """Return the VJP of ``w -> w * x`` with ``v``; both have shape ``[D]``."""
-    _, vjp = torch.func.vjp(lambda w: w * x, w)
-    return vjp(v)[0]
+def weight_vjps(layer: ScaleModule, X: Tensor, V_out: Tensor) -> Tensor:
+    """Multiply V with the transposed Jacobian with respect to the parameter.
+
+    Args:
+        layer: The layer.
+        X: Its input, shape ``[N, *]``.
+        V_out: V at its output, shape ``[C, N, *]``.
+
+    Returns:
+        V for the parameter, shape ``[C, N, 1]``.
+    """
+
+    def vjps_of_sample(x, v):
+        def output(weight):
+            return weight * x
+
+        _, vjp = torch.func.vjp(output, layer.weight.detach())
+        return torch.func.vmap(vjp)(v)[0]
+
+    return torch.func.vmap(vjps_of_sample, in_dims=(0, 1), out_dims=1)(X, V_out)
 
 
-over_samples = torch.func.vmap(weight_vjp)
-over_columns_and_samples = torch.func.vmap(over_samples, in_dims=(None, 0))
-V_w_by_vjp = over_columns_and_samples(X, V_out)
-
-diagonal = module_extension.weight(None, layer, None, None, V_out)
-torch.testing.assert_close(diagonal, V_w_by_vjp.square().sum((0, 1)))
-print(f"V_w {list(V_w_by_vjp.shape)} -> diagonal {list(diagonal.shape)}")
+compare_by_hand(ScaleModuleDiagGGNExact(), D)
+compare_by_hand(ScaleModuleDiagGGNExact(), T, D)
+print("weight and backpropagate agree with VJPs")
 
 # %%
 # Registration
 # ------------
 # As for individual gradients, a function builds a fresh registered object for each use.
-# For second-order extensions this is more than convenient: an object that is used again
-# can find a V that an earlier backward pass left behind.
+# For second-order extensions this is more than convenient. An object that is used again
+# can pick up a V that an earlier backward pass left behind, and then the numbers are
+# wrong without an error. (`The contract, and what breaks it
+# <../2_any_layer/5_contract_and_traps.html>`_ shows it.)
 
 
 def make_diag_ggn(
@@ -235,12 +267,12 @@ def make_diag_ggn(
 # %%
 # What the methods are given
 # --------------------------
-# Again a class in front tells us the shapes at the call. The scale module stands
-# between two linear layers. The network's output has C = 4 entries, so V has 4 columns,
-# at every layer.
+# Again we subclass the extension and print the shapes. The scale module stands between
+# two linear layers. The network's output has C = 4 entries, so V has 4 columns, at
+# every layer.
 
 
-class TellingDiagGGNExact(ScaleModuleDiagGGNExact):
+class PrintingDiagGGNExact(ScaleModuleDiagGGNExact):
     """``ScaleModuleDiagGGNExact`` that prints the shapes of what it is given."""
 
     def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
@@ -260,28 +292,29 @@ class TellingDiagGGNExact(ScaleModuleDiagGGNExact):
 
 
 # %%
-# First the method for the parameter is called, then ``backpropagate``. We keep the
+# The method for the parameter always comes first, then ``backpropagate``. We keep the
 # results for a comparison below.
 
+X = torch.randn(N, D, dtype=torch.float64, device=device)
+y = torch.randint(C, (N,), device=device)
 model = nn.Sequential(nn.Linear(D, 2), ScaleModule(), nn.Linear(2, C))
 model = extend(model.to(device, torch.float64))
 loss_function = extend(nn.CrossEntropyLoss())
-y = torch.randint(C, (N,), device=device)
 
-with backpack(make_diag_ggn(TellingDiagGGNExact)):
+with backpack(make_diag_ggn(PrintingDiagGGNExact)):
     loss_function(model(X), y).backward()
 
-told = [parameter.diag_ggn_exact for parameter in model.parameters()]
+diag_backpack = [parameter.diag_ggn_exact for parameter in model.parameters()]
 
 # %%
 # A second way: GGN-vector products
 # ---------------------------------
-# BackPACK can also multiply the GGN onto a vector. For this it needs nothing but
-# PyTorch's autodiff: one forward-mode product with the Jacobian, one Hessian-vector
-# product of the loss, one VJP. No module extension takes part, so this is an
-# independent witness. Multiplied onto the unit vector :math:`e_i`, the GGN gives its
-# column :math:`i`, and the entry :math:`i` of this column is on the diagonal. It takes
-# one product for each of the :math:`p` parameters, too slow for real networks, and good
+# BackPACK can also multiply the GGN with a vector. For this it needs nothing but
+# PyTorch's autodiff: a product with the Jacobian (by two backward passes), a
+# Hessian-vector product of the loss, and a VJP. No module extension takes part, so this
+# is an independent witness. The product with the unit vector :math:`e_i` is column
+# :math:`i` of the GGN, and entry :math:`i` of this column is on the diagonal. It takes
+# one product for each of the :math:`p` parameters: too slow for real networks, and good
 # for a check.
 
 
@@ -299,28 +332,29 @@ def diag_ggn_by_vector_products(
         The diagonal, flattened and concatenated over parameters, shape ``[p]``.
     """
     diagonal = []
-    for i, unit in enumerate(torch.eye(sum(p.numel() for p in parameters))):
-        unit = vector_to_parameter_list(unit.to(output), parameters)
-        column = ggn_vector_product_from_plist(loss, output, parameters, unit)
+    size = sum(parameter.numel() for parameter in parameters)
+    for i, e_i in enumerate(torch.eye(size).to(output)):
+        vectors = vector_to_parameter_list(e_i, parameters)
+        column = ggn_vector_product_from_plist(loss, output, parameters, vectors)
         diagonal.append(parameters_to_vector(column)[i])
     return torch.stack(diagonal)
 
 
 # %%
-# For the network above, both ways give the same numbers, so the class that told us
-# the shapes computed the right thing.
+# For the network above, both ways give the same numbers.
 
 output = model(X)
 parameters = list(model.parameters())
 expected = diag_ggn_by_vector_products(loss_function(output, y), output, parameters)
 
-torch.testing.assert_close(parameters_to_vector(told), expected)
-print(f"Trace of the GGN: {expected.sum():.4f}")
+torch.testing.assert_close(parameters_to_vector(diag_backpack), expected)
+print(f"{len(expected)} diagonal entries agree")
 
 # %%
-# The reduction of the loss enters through V. With ``"mean"``, the loss is divided by
-# :math:`N`, so its square root :math:`S` carries :math:`1/\sqrt{N}`, and the diagonal
-# is the mean over the samples' diagonals. With ``"sum"`` it is their sum.
+# The reduction of the loss enters through V. With ``"mean"``, the loss and its Hessian
+# are divided by :math:`N`, so S is divided by :math:`\sqrt{N}`, and the diagonal is the
+# mean over the samples' diagonals. With ``"sum"`` it is their sum. (Like
+# ``grad_batch``, ``diag_ggn_exact`` is replaced by each backward pass.)
 
 summed_loss_function = extend(nn.CrossEntropyLoss(reduction="sum"))
 with backpack(make_diag_ggn()):
@@ -330,13 +364,14 @@ summed = parameters_to_vector(p.diag_ggn_exact for p in parameters)
 torch.testing.assert_close(summed, N * expected)
 
 # %%
-# Networks in which backpropagate runs
-# ------------------------------------
-# A layer's ``backpropagate`` runs only if someone before it needs V: if the layer's
-# input requires a gradient. And its result shows only in the GGN diagonal of the layers
-# **before** it. So a test with the layer alone, or with the layer first, cannot see a
-# mistake in ``backpropagate``. We test five networks; the number is the expected count
-# of calls to ``backpropagate``.
+# Networks in which backpropagate matters
+# ---------------------------------------
+# A layer's ``backpropagate`` runs only if its input requires a gradient. And its result
+# shows only in the GGN diagonal of the layers **before** it. So a test with the layer
+# alone, or with the layer first, cannot see a mistake in ``backpropagate``; if the
+# network's input requires a gradient, the method runs, but still no diagonal depends on
+# it. We test five networks. The number is the expected count of calls. Only the last
+# three put ``backpropagate`` to the test.
 
 networks = {
     "first": 0,
@@ -373,8 +408,10 @@ def make_network(name: str, input_shape: tuple[int, ...]) -> nn.Sequential:
 
 
 # %%
-# The witness computes its diagonal before ``extend`` touches the network. A frozen
-# scale module must get no GGN diagonal, but V must still pass through it. To
+# The weights of the scale modules are neither 1 nor -1. Otherwise a forgotten factor
+# :math:`w` would go unnoticed.
+#
+# A frozen scale module must get no GGN diagonal, but V must still pass through it. To
 # be sure that ``backpropagate`` runs, we count.
 
 
@@ -425,7 +462,7 @@ def compare(
 
     output = model(X)
     loss = loss_function(output, y)
-    by_products = diag_ggn_by_vector_products(loss, output, parameters)
+    diag_products = diag_ggn_by_vector_products(loss, output, parameters)
 
     model, loss_function = extend(model), extend(loss_function)
     with backpack(make_diag_ggn(module_extension_class)):
@@ -433,8 +470,8 @@ def compare(
 
     if frozen and any(hasattr(s.weight, "diag_ggn_exact") for s in scales):
         raise AssertionError("A frozen weight has a GGN diagonal.")
-    by_backpack = [p.diag_ggn_exact for p in parameters]
-    return by_backpack, vector_to_parameter_list(by_products, parameters)
+    diag_backpack = [p.diag_ggn_exact for p in parameters]
+    return diag_backpack, vector_to_parameter_list(diag_products, parameters)
 
 
 # %%
@@ -451,55 +488,103 @@ settings = [
 
 for name, input_shape, reduction, frozen in settings:
     CountingDiagGGNExact.calls = 0
-    by_backpack, by_products = compare(
+    diag_backpack, diag_products = compare(
         CountingDiagGGNExact, name, input_shape, reduction, frozen
     )
-    torch.testing.assert_close(by_backpack, by_products)
+    torch.testing.assert_close(diag_backpack, diag_products)
     if CountingDiagGGNExact.calls != networks[name]:
         raise AssertionError(f"{name}: unexpected number of calls to backpropagate")
 
-print(f"{len(settings)} networks: BackPACK and GGN-vector products agree.")
+print(f"{len(settings)} settings: BackPACK and GGN-vector products agree.")
 
 # %%
 # Break it, and see who notices
 # -----------------------------
-# A check is worth something if it fails when it should. Here is a wrong
-# ``backpropagate``: it forgets to multiply with :math:`w`.
+# A good check fails when it should. Here are three wrong extensions. The first
+# forgets to multiply with :math:`w`, the second loses the sign, the third squares too
+# early.
 
 
-class WrongBackpropagate(ScaleModuleDiagGGNExact):
-    """Wrong on purpose: sends V to the layers before as it came."""
+class WrongFactor(ScaleModuleDiagGGNExact):
+    """Wrong on purpose: passes V on unchanged."""
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
-        """Return V unchanged, shape ``[C, N, *]``."""
+        """Return V without the factor, shape ``[C, N, *]``."""
         return V_out
 
 
+class WrongSign(ScaleModuleDiagGGNExact):
+    """Wrong on purpose: V has the wrong sign."""
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return the negative of V, shape ``[C, N, *]``."""
+        return -module.weight * V_out
+
+
+class WrongOrder(ScaleModuleDiagGGNExact):
+    """Wrong on purpose: squares before the sum over features."""
+
+    def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
+        """Return the sum of all squares, shape ``[1]``."""
+        return (module.input0 * V_out).square().sum().reshape(1)
+
+
 # %%
-# With the layer first, nothing is noticed: the wrong method is never called.
+# We run three checks on each: the comparison with VJPs by hand, and the comparison with
+# GGN-vector products, with the layer first and in the middle.
 
-by_backpack, by_products = compare(WrongBackpropagate, "first")
-torch.testing.assert_close(by_backpack, by_products)
-print("Layer first: the wrong extension passes.")
+
+def in_network(name: str):
+    """Return a check of a module extension class in the network ``name``."""
+    return lambda wrong: torch.testing.assert_close(*compare(wrong, name))
+
+
+checks = {
+    "by hand": lambda wrong: compare_by_hand(wrong(), D),
+    "first": in_network("first"),
+    "middle": in_network("middle"),
+}
+
+caught = {}
+for wrong in [WrongFactor, WrongSign, WrongOrder]:
+    for name, check in checks.items():
+        try:
+            check(wrong)
+        except AssertionError:
+            caught[wrong.__name__, name] = True
+        else:
+            caught[wrong.__name__, name] = False
+        outcome = "caught" if caught[wrong.__name__, name] else "not noticed"
+        print(f"{wrong.__name__:<12} {name:<8} {outcome}")
 
 # %%
-# With the layer in the middle, it is caught.
+# With the layer first, the wrong ``backpropagate`` passes, because it is never called.
+# The wrong sign passes in both networks; only the comparison by hand sees it. So each
+# mistake needs its check, and this page has them all. Should one stop to work, the
+# build fails here.
 
-by_backpack, by_products = compare(WrongBackpropagate, "middle")
+not_noticed = {key for key, noticed in caught.items() if not noticed}
+expected = {("WrongFactor", "first"), ("WrongSign", "first"), ("WrongSign", "middle")}
+if not_noticed != expected:
+    raise RuntimeError(f"Expected that {expected} go unnoticed, found {not_noticed}.")
+
+# %%
+# This is what a failing check looks like. Item 0 is the weight of the first linear
+# layer. The relative difference is :math:`1 - 1/w^2`, with :math:`w = 1.5`.
+
+diag_backpack, diag_products = compare(WrongFactor, "middle")
 try:
-    torch.testing.assert_close(by_backpack, by_products)
+    torch.testing.assert_close(diag_backpack, diag_products)
 except AssertionError as error:
-    print(f"Layer in the middle: caught.\n\n{error}")
-else:
-    raise RuntimeError("The check did not notice the wrong backpropagate.")
+    print(error)
 
 # %%
-# The picture shows where a wrong ``backpropagate`` does its damage: at all
-# parameters before the layer. Their diagonal lacks the factor :math:`w^2`. The layer's
-# own weight and all that follows are right.
+# The picture shows where this ``backpropagate`` does its damage: at all parameters
+# before the layer. Their diagonal lacks the factor :math:`w^2 = 2.25`, the constant gap
+# on the log scale. The layer's own weight and all that follows are right.
 
-right = parameters_to_vector(by_products).tolist()
-wrong = parameters_to_vector(by_backpack).tolist()
+right = parameters_to_vector(diag_products).tolist()
+wrong = parameters_to_vector(diag_backpack).tolist()
 
 fig, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
 ax.bar(range(len(right)), right, color="0.8", label="right")
@@ -523,16 +608,16 @@ plt.show()
 # %%
 # What was verified
 # -----------------
-# Both methods agree with VJPs of ``torch.func``, sign included. The GGN diagonal of all
-# parameters agrees with GGN-vector products in float64, at the default tolerance of
-# ``torch.testing.assert_close``: with the layer first, in the middle, last and twice,
-# with and without a gradient for the input, for ``[N, D]`` and ``[N, T, D]``, ``mean``
-# and ``sum``, trained and frozen. In each of these, ``backpropagate`` ran as often as
-# it should. A wrong ``backpropagate`` passes where the layer stands first, and fails in
-# the middle.
+# ``backpropagate`` agrees with VJPs of ``torch.func``, sign included, and ``weight``
+# with their squares and sums. The GGN diagonal of all parameters agrees with GGN-vector
+# products in float64, at the default tolerance of ``torch.testing.assert_close``: with
+# the layer first, in the middle, last and twice, with and without a gradient for the
+# input, for ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, trained and frozen.
+# ``backpropagate`` ran as often as it should. Three wrong extensions are caught, each
+# by the check that can see its mistake.
 #
 # **Next:** `RMSNorm: a vector parameter and a coupled Jacobian
-# <../2_any_layer/1_rms_norm.html>`_ takes the same steps for a layer that people use.
+# <../2_any_layer/1_rms_norm.html>`_ takes the same steps for a layer used in practice.
 #
 # BackPACK: F. Dangel, F. Kunstner, P. Hennig, "BackPACK: Packing more into Backprop",
 # ICLR 2020, `arXiv:1912.10985 <https://arxiv.org/abs/1912.10985>`_. GGN-vector

@@ -1147,7 +1147,8 @@ def message_of(error_class: type[Exception], call: Callable) -> str:
     try:
         call()
     except error_class as error:
-        return f"{error_class.__name__}: {(str(error).splitlines() or ['(no message)'])[0]}"
+        message = str(error).partition("\n")[0] or "(no message)"
+        return f"{error_class.__name__}: {message}"
     raise RuntimeError(f"No {error_class.__name__}; the page is out of date.")
 
 

@@ -168,7 +168,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
     def weight(self, ext, module, g_inp, g_out, V_out: Tensor) -> Tensor:
         """Compute the GGN diagonal of ``module.weight``, shape ``[1]``."""
-        V_w = einsum(V_out, module.input0, "c n ..., n ... -> c n")
+        V_w = einsum(module.input0, V_out, "n ..., c n ... -> c n")
         return V_w.square().sum().reshape(1)
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         Returns:
             GGN diagonal, shape ``[1]``.
         """
-        V_w = einsum(V_out, module.input0, "c n ..., n ... -> c n")
+        V_w = einsum(module.input0, V_out, "n ..., c n ... -> c n")
         return V_w.square().sum().unsqueeze(0)
 
     def backpropagate(

@@ -141,7 +141,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         V_out: Tensor,
     ) -> Tensor:
         """Compute the GGN diagonal, shape ``[1]``; ``V_out``: ``[C, N, *]``."""
-        V_w = einsum(V_out, module.input0, "c n ..., n ... -> c n")
+        V_w = einsum(module.input0, V_out, "n ..., c n ... -> c n")
         return V_w.square().sum().reshape(1)
 
     def backpropagate(

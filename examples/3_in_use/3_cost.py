@@ -57,9 +57,8 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # %%
 # The layer and its extensions
 # ----------------------------
-# As on the pages before. One thing may surprise you: in ``ScaleModuleDiagGGNExact``,
-# the einsum takes the layer's input first and V second. The last part of this page
-# is about why.
+# As on the pages before. Mind one detail: in ``ScaleModuleDiagGGNExact``, the einsum
+# takes the layer's input first and V second. The last part of this page says why.
 
 
 class ScaleModule(nn.Module):
@@ -680,7 +679,7 @@ plt.show()
 #   one sample lives at a time. Where they are large, it needs them twice, as a list and
 #   stacked.
 # - **DiagGGNExact** carries V, which is 10 times as large as the gradient that
-#   a plain backward carries. It does not get cheaper if fewer parameters are trained.
+#   a plain backward carries, whether few parameters are trained or many.
 #
 # At 1024 samples, the loop is slower than BackPACK by far. This must hold on any
 # machine, so we check it, with a wide margin.
@@ -994,20 +993,22 @@ for name in ["einsum, V first", "einsum, X first"]:
 
 # %%
 # V first, it is a matrix times a column for each sample; X first, a row times a matrix.
-# A library for linear algebra may be fast at one and slow at the other. That is a
-# property of the library, not of the problem: where you see a difference on the left of
-# the table, remember that your machine may have another library.
+# A library for linear algebra may be fast at one and slow at the other. If the first
+# two rows of the table differ, this is a property of the library, not of the problem,
+# and it can be otherwise on your machine.
 #
 # **Temporary memory.** ``(V * X).sum`` writes a tensor as large as V, and reads it
-# again: three passes instead of one. ``vecdot`` does the same. A ``bmm`` keeps its sums
-# in registers. The lower panel shows one more effect: a new tensor of this size may
-# have to be fetched from the operating system, page by page. Where the candidate that
-# writes into old memory is far below 1, this costs more than the multiplication.
+# again: three passes instead of one. ``vecdot`` needs the same memory, ``einsum`` needs
+# none of it. The lower panel shows one more effect: for a new tensor, the operating
+# system may have to provide fresh memory. Where the candidate that writes into old
+# memory is far below 1, this costs more than the multiplication.
 #
-# **Cache.** A loop over C touches only a slice of V at a time, which fits into the
-# cache, and so do its temporary results. So the loop is not always bad: for few classes
-# and a large V it may beat what is vectorized. But it pays the fixed cost of its
-# operations C times.
+# **Cache.** A loop over C touches one slice of V at a time, which fits into the cache
+# more often than V does, and so do its temporary results. So the loop is not always
+# bad: for a large V it can beat the candidates that make a copy of V. But it pays the
+# fixed cost of its operations C times.
+#
+# What was said about memory can be checked:
 
 if device.type == "cpu":
     if min(memory["(V * X).sum"], memory["linalg.vecdot"]) < 1:
@@ -1030,12 +1031,13 @@ for results, loop, vectorized in [
 
 # %%
 # And the answer? ``backpropagate`` is one multiplication, and costs one multiplication,
-# plus a fixed cost that shows where V is tiny. It is at its limit. For ``weight`` no
-# candidate is: even the best takes longer than one pass over V, by a factor that you
-# can read off the upper panel. The einsum with X first stays near the best of the
-# candidates, unless V is so small that looking up the pattern costs more than the work,
-# and it needs no temporary copy of V. It reads as well as the other order, and the same
-# pattern serves ``[N, T, D]``. So this is the form of ``weight`` on this page.
+# plus a fixed cost that shows where V is tiny. It is at its limit. For ``weight``, even
+# the best candidate takes longer than one pass over V, by a factor that you can read
+# off the upper panel. We want the clearest form that is never far behind. See the row
+# of the einsum with X first: where this page was written, it stays within 1.5 times the
+# best candidate for all but the tiny V of 8 KB, where reading the pattern costs more
+# than the work. It makes no copy of V, it reads as well as the other order, and with an
+# ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
 #
 # What was verified
 # -----------------
