@@ -151,27 +151,27 @@ class ScaleModuleDerivatives(BaseParameterDerivatives):
         return True
 
     def _jac_t_mat_prod(self, module, g_inp, g_out, mat, subsampling=None) -> Tensor:
-        """Multiply by :math:`J_x^T`: ``[K, N, *]`` to ``[K, N, *]``."""
+        """Multiply by J_x^T: ``[K, N, *]`` to ``[K, N, *]``."""
         return module.weight * mat
 
     def _jac_mat_prod(self, module, g_inp, g_out, mat) -> Tensor:
-        """Multiply by :math:`J_x`: ``[K, N, *]`` to ``[K, N, *]``."""
+        """Multiply by J_x: ``[K, N, *]`` to ``[K, N, *]``."""
         return module.weight * mat
 
     def _weight_jac_t_mat_prod(
         self, module, g_inp, g_out, mat, sum_batch=True, subsampling=None
     ) -> Tensor:
-        """Multiply by :math:`J_w^T`: ``[K, N, *]`` to ``[K, N, 1]`` or ``[K, 1]``."""
+        """Multiply by J_w^T: ``[K, N, *]`` to ``[K, N, 1]`` or ``[K, 1]``."""
         X = subsample(module.input0, subsampling=subsampling)
         product = einsum(mat, X, "k n ..., n ... -> k n").unsqueeze(-1)
         return product.sum(1) if sum_batch else product
 
     def _weight_jac_mat_prod(self, module, g_inp, g_out, mat) -> Tensor:
-        """Multiply by :math:`J_w`: ``[K, 1]`` to ``[K, N, *]``."""
+        """Multiply by J_w: ``[K, 1]`` to ``[K, N, *]``."""
         return einsum(mat, module.input0, "k one, n ... -> k n ...")
 
     def ea_jac_t_mat_jac_prod(self, module, g_inp, g_out, mat) -> Tensor:
-        """Average :math:`J_x^T M J_x` over samples: ``[D, D]`` to ``[D, D]``."""
+        """Average J_x^T mat J_x over samples: ``[D, D]`` to ``[D, D]``."""
         return module.weight**2 * mat
 
 
@@ -393,12 +393,12 @@ class ScaleModuleHBP(HBPBaseModule):
         """
         if ExpectationApproximation.should_average_param_jac(ext.get_ea_strategy()):
             raise NotImplementedError("ScaleModule: parameter Jacobian not averaged.")
+        d, io = self.derivatives, (module, g_inp, g_out)
         if BackpropStrategy.is_batch_average(ext.get_backprop_strategy()):
-            X = module.input0.flatten(1)
-            return [einsum(X, V_out, X, "n i, i j, n j -> ").reshape(1, 1) / len(X)]
-        V_w = self.derivatives.param_mjp(
-            "weight", module, g_inp, g_out, V_out, sum_batch=False
-        )
+            J_w = d.weight_jac_mat_prod(*io, torch.ones(1, 1).to(module.weight))
+            H_J_w = einsum(V_out, J_w.flatten(2), "i j, k n j -> k n i").view_as(J_w)
+            return [d.param_mjp("weight", *io, H_J_w) / len(module.input0)]
+        V_w = d.param_mjp("weight", *io, V_out, sum_batch=False)
         return [einsum(V_w, V_w, "k n i, k n j -> i j")]
 
 
@@ -633,8 +633,9 @@ def make_case(kind: str, reduction: str, activation=nn.Tanh, samples: int = N) -
 cases = [make_case(kind, r) for kind in names for r in ["mean", "sum"]]
 
 # %%
-# A first look, before any extension: our network is one for which GGN and Hessian
-# differ, so a mix-up would show.
+# A first look, before any extension: GGN and Hessian differ in this network, so a
+# mix-up would show. Only behind the activation, for ``3.weight``, they agree, because
+# from there on the network is linear.
 
 for name, witness in cases[0].witness.items():
     ggn, full = witness.ggn.sum(0)[0, 0], witness.hessian.sum(0)[0, 0]
@@ -667,8 +668,10 @@ def check(extension_class, formula: Callable, cases=cases, **settings) -> None:
             actual, expected = results[name], formula(case, name)
             if isinstance(actual, list):  # Kronecker factors
                 (actual,) = actual
-            if callable(actual):  # the product with all unit vectors is the matrix
-                actual = actual(torch.eye(expected.shape[1], **options))
+            if callable(actual):  # multiply with unit vectors and their negatives
+                unit = torch.eye(len(expected), **options)
+                actual = actual(torch.cat([unit, -unit]))
+                expected = torch.cat([expected, -expected])
             label = f"{extension_class.__name__}, {case.kind}, {case.reduction}, {name}"
             torch.testing.assert_close(
                 actual, expected, msg=lambda text, label=label: f"{label}: {text}"
@@ -708,8 +711,13 @@ if not asked.any(0).all():
     raise RuntimeError("A method of the derivatives class is never used.")
 
 # %%
-# Two methods, the transposed products, serve fourteen extensions. The Hessian adds the
-# fact, KFRA and HBP the average, and the matrix products the way forward.
+# Most extensions need no more than the two transposed products. The Hessian adds the
+# fact, ``KFRA`` and ``HBP`` the average, and the matrix products the way forward.
+
+transposed = {"_jac_t_mat_prod", "_weight_jac_t_mat_prod"}
+others = [i for i, method in enumerate(methods) if method not in transposed]
+served = len(asked) - asked[:, others].any(1).sum()
+print(f"{served} of {len(asked)} extensions need the transposed products only.")
 
 families = {"first order": 4, "GGN": 6, "Hessian": 2, "Kronecker": 4, "products": 3}
 labels = [extension_class.__name__ for extension_class in build_module_extension]
@@ -763,7 +771,8 @@ case = cases[0]
 variance = run(case, make_extension(Variance))["1.weight"]
 own_variance = (N * gradients(case, "1.weight")).var(0, correction=0)
 torch.testing.assert_close(N**2 * variance, own_variance)
-print(f"{case.reduction}: {variance.item():.2e}, own {own_variance.item():.2e}")
+print(f"Variance: {variance.item():.2e}")
+print(f"variance of the samples' own gradients: {own_variance.item():.2e}")
 
 # %%
 # The GGN, exact and sampled
@@ -821,7 +830,7 @@ print(f"With 3 samples, the square of the sampled S is off by {error:.0%}.")
 
 
 def V(case: Case, name: str, kind: str) -> Tensor:
-    """Return :math:`V = J^T S` by autodiff, shape ``[K, N, p]``."""
+    """Return V = J^T S by autodiff, shape ``[K, N, p]``."""
     return einsum(case.S[kind], case.witness[name].J, "k n c, n c i -> k n i")
 
 
@@ -936,8 +945,8 @@ for extension_class, rms in errors.items():
     print(f"{extension_class.__name__}: slope {slope(rms):.2f}")
 
 # %%
-# And a wrong one: a Jacobian that is 10 percent too large. With one sample it can't be
-# told from a right one.
+# And a wrong one: a Jacobian that is 10 percent too large. With few samples it is hard
+# to tell from a right one.
 
 
 class WrongDerivatives(ScaleModuleDerivatives):
@@ -951,7 +960,7 @@ class WrongDerivatives(ScaleModuleDerivatives):
 wrong = mc_errors(cases[1], "1.weight", WrongDerivatives(), [DiagGGNMC])[DiagGGNMC]
 if abs(slope(wrong) + 0.5) < 0.15:
     raise RuntimeError("The slope did not give the wrong class away.")
-print(f"slope {slope(wrong):.2f}")
+print(f"wrong Jacobian: slope {slope(wrong):.2f}")
 
 # %%
 # In the figure, the right extensions stay on the line to the end, and the error of the
@@ -986,9 +995,9 @@ check(BatchDiagHessian, lambda case, name: diagonal(case.witness[name].hessian))
 
 # %%
 # Now the assumption from above, that the output is linear in the parameter. Take a
-# layer that breaks it, :math:`z_n = e^w x_n`. Both Jacobians are those of the scale
-# module with :math:`e^w` for the factor, so the derivatives class is right in every
-# product. And yet:
+# layer that breaks it, :math:`z_n = e^w x_n`. Now :math:`\mathrm{J}_w z_n = e^w x_n`,
+# and the new method computes this product as it should. (It is the only one that a
+# first layer needs.)
 
 
 class ExpScaleModule(ScaleModule):
@@ -1000,7 +1009,7 @@ class ExpScaleModule(ScaleModule):
 
 
 class WrongHessianDerivatives(ScaleModuleDerivatives):
-    """Wrong for the Hessian: the output of ``ExpScaleModule`` is not linear in w."""
+    """Wrong for Hessians: the output of ``ExpScaleModule`` is not linear in w."""
 
     def _weight_jac_t_mat_prod(self, module, *args, **settings) -> Tensor:
         """Multiply by the transposed Jacobian, ``[K, N, *]`` to ``[K, N, 1]``."""
@@ -1099,8 +1108,8 @@ check(HBP, lambda case, name: case.witness[name].hessian.sum(0), single)
 # %%
 # Matrix products
 # ---------------
-# To check a function, we multiply with all unit vectors: the result is the block.
-# ``PCHMP`` removes negative second derivatives of the layers from the Hessian. With
+# To check a function, ``check`` multiplies with all unit vectors: the result is the
+# block. It also takes their negatives, because a product must keep the sign. ``PCHMP`` removes negative second derivatives of the layers from the Hessian. With
 # ``ReLU``, all of these are zero, and the result must be the GGN.
 
 relu_cases = [make_case(kind, r, nn.ReLU) for kind in names for r in ["mean", "sum"]]
