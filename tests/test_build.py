@@ -1,0 +1,265 @@
+"""The build as a whole: what it runs again, what makes it fail, and what comes after.
+
+Every build here has no network and no home folder, see ``repository.ISOLATED``. Most
+use stubs, pages with the right names and titles that take no time.
+"""
+
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pages
+import pytest
+from pages import PAGES, name_of
+from repository import ISOLATED, Repository
+from test_pages import MEASURED
+
+# A page's run time stands at its end. It differs from build to build.
+RUN_TIME = rb"Total running time of the script.*"
+
+
+def count_of_pages_run(output: str) -> int:
+    """Return how many pages a build ran, by its last words."""
+    match = re.search(r"successfully executed (\d+) out of", output)
+    return int(match[1]) if match else 0
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory) -> Repository:
+    """Build a copy in which all pages are stubs."""
+    repository = Repository(tmp_path_factory.mktemp("stubs"))
+    repository.replace_pages_by_stubs()
+    good_build(repository, len(PAGES))
+    return repository
+
+
+def good_build(repository: Repository, pages_run: int | None = None) -> str:
+    """Build, check that it works and how many pages it runs, and return its output."""
+    build = repository.make("html")
+    assert build.returncode == 0, build.stdout[-5000:]
+    assert (repository.html / "index.html").exists()
+    if pages_run is not None:
+        assert count_of_pages_run(build.stdout) == pages_run, build.stdout[-3000:]
+    return build.stdout
+
+
+# ---------------------------------------------------------------------------
+# The real pages
+# ---------------------------------------------------------------------------
+def with_mutant(source: str) -> str | None:
+    """Scale the result of the first method of an extension by 1.01, if there is one."""
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef) or "Module(" in ast.unparse(node)[:60]:
+            continue
+        bases = " ".join(map(ast.unparse, node.bases))
+        if not re.search(r"Extension|Derivatives|DiagGGN", bases):
+            continue
+        for method in node.body:
+            is_method = isinstance(method, ast.FunctionDef)
+            if is_method and method.name != "__init__" and "bias" != method.name:
+                last = method.body[-1]
+                if isinstance(last, ast.Return) and "self" not in ast.unparse(last):
+                    lines = source.splitlines(keepends=True)
+                    start, end = last.lineno - 1, last.end_lineno
+                    indent = " " * last.col_offset
+                    wrong = f"{indent}return 1.01 * ({ast.unparse(last.value)})\n"
+                    return "".join([*lines[:start], wrong, *lines[end:]])
+    return None
+
+
+def test_mutants_fail_the_build_and_are_named(built, tmp_path):
+    """A mutant on each page stops the build; without them the next build works.
+
+    The second build runs the pages anew, so it must give the same site as the first.
+    """
+    before = shutil.copytree(built.html, tmp_path / "before")
+    mutated = {page: with_mutant(page.read_text()) for page in PAGES}
+    mutated = {page: source for page, source in mutated.items() if source}
+    assert len(mutated) >= len(PAGES) - 2  # two pages have no extension
+    for page, source in mutated.items():
+        built.page(page).write_text(source)
+    pages.progress(f"building with a mutant on each of {len(mutated)} pages")
+    failed = built.make("html")
+    assert failed.returncode != 0
+    assert not built.html.exists(), "a broken site could be published"
+    for page in mutated:
+        report = re.search(
+            rf"(?s)examples/{name_of(page)}\.py failed.*?\n\n\n|"
+            rf"(?s){page.name} failed.*",
+            failed.stdout,
+        )
+        assert f"{name_of(page)}.py" in failed.stdout, failed.stdout[-5000:]
+        assert report is None or "Error" in report[0]
+    assert failed.stdout.count("AssertionError") >= len(mutated)
+    assert "not close" in failed.stdout
+
+    for page in mutated:
+        built.page(page).write_text(page.read_text())
+    pages.progress("building without the mutants")
+    good_build(built, len(mutated))
+    assert differences(before, built.html) == []
+
+
+def differences(before, after) -> list[str]:
+    """Return the files of two sites that differ, measured times left out."""
+    measured = [name.split("/")[-1] for name in MEASURED]
+
+    def content(folder):
+        return {
+            str(path.relative_to(folder)): re.sub(RUN_TIME, b"", path.read_bytes())
+            for path in folder.rglob("*")
+            if path.is_file() and not any(name in path.name for name in measured)
+        }
+
+    first, second = content(before), content(after)
+    names = first.keys() | second.keys()
+    shows_times = {"searchindex.js"}  # it holds the words of the measured pages
+    return sorted(n for n in names - shows_times if first.get(n) != second.get(n))
+
+
+def test_unchanged_site_runs_no_page(built):
+    """A second build with nothing changed takes a small part of the first."""
+    start = time.monotonic()
+    good_build(built, 0)
+    ratio = (time.monotonic() - start) / built.seconds
+    pages.SUMMARY.append(f"unchanged build: {ratio:.3f} of the time of a clean one")
+
+
+def test_size(built):
+    """The whole site is under 12 MB."""
+    size = sum(p.stat().st_size for p in built.html.rglob("*") if p.is_file())
+    pages.SUMMARY.append(f"size of the site: {size / 1e6:.1f} MB")
+    assert size < 12e6
+
+
+# ---------------------------------------------------------------------------
+# Stubs: what is run again
+# ---------------------------------------------------------------------------
+def test_what_changes_is_run_again(stubs):
+    """A page runs if it changed; all run if requirements.txt or conf.py changed."""
+    page = stubs.page(PAGES[2])
+    page.write_text(page.read_text().replace("A sentence", "Another sentence"))
+    good_build(stubs, 1)
+    for name in ["conf.py", "requirements.txt"]:
+        with stubs[name].open("a") as file:
+            file.write("# changed\n")
+        good_build(stubs, len(PAGES))
+    good_build(stubs, 0)
+
+
+def test_renamed_page_leaves_nothing_behind(stubs):
+    """After a page has a new name, its old name is gone from the site."""
+    old = stubs.page(PAGES[-1])
+    new = old.with_name("9_renamed.py")
+    texts = {p: p.read_text() for p in stubs["docs"].glob("*.rst")}
+    old.rename(new)
+    for path, text in texts.items():
+        path.write_text(text.replace(old.stem, new.stem))
+    good_build(stubs)
+    assert list(stubs.html.rglob("*9_renamed.html"))
+    assert not list(stubs.html.rglob(f"*{old.stem}*"))
+    new.rename(old)
+    for path, text in texts.items():
+        path.write_text(text)
+    good_build(stubs)
+
+
+# ---------------------------------------------------------------------------
+# Stubs: what makes it fail
+# ---------------------------------------------------------------------------
+FAULTS = {
+    "raises": ('raise ValueError("the page raised this")', "the page raised this"),
+    "warns": ('import warnings; warnings.warn("a stray warning")', "a stray warning"),
+    "has a syntax error": ("x = = 1", "invalid syntax"),
+    "fails a check": ("torch.testing.assert_close(device, device + 1)", "Error"),
+}
+
+
+def test_faulty_pages_fail_the_build_and_the_next_one_works(stubs):
+    """Pages with faults are all named in one build; mended, the next build works."""
+    texts = {}
+    for page, (line, _) in zip(PAGES, FAULTS.values(), strict=False):
+        path = stubs.page(page)
+        texts[path] = path.read_text()
+        path.write_text(texts[path] + line + "\n")
+    for _ in range(2):  # again: what failed must not pass because it was read before
+        build = stubs.make("html")
+        assert build.returncode != 0
+        for path, (_, message) in zip(texts, FAULTS.values(), strict=True):
+            assert path.name in build.stdout
+            assert message in build.stdout, build.stdout[-5000:]
+    for path, text in texts.items():
+        path.write_text(text)
+    good_build(stubs, len(texts))
+
+
+def test_sphinx_warning_fails_the_build(stubs):
+    """A reference that leads nowhere fails, and fails again."""
+    index = stubs["docs/index.rst"]
+    text = index.read_text()
+    index.write_text(text + "\n:doc:`gallery/no_such_page`\n")
+    for _ in range(2):
+        build = stubs.make("html")
+        assert build.returncode != 0
+        assert "no_such_page" in build.stdout
+    index.write_text(text)
+    good_build(stubs, 0)
+
+
+def test_killed_build(stubs):
+    """A build that was killed while pages ran does no harm to the next one."""
+    stubs.make("clean")
+    build = subprocess.Popen(
+        stubs.command("html"),
+        cwd=stubs.folder,
+        env=ISOLATED,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while len(list(stubs["docs/gallery"].glob("*/*.md5"))) < 3:
+        assert build.poll() is None, "the build ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(build.pid, signal.SIGKILL)
+    build.wait()
+    good_build(stubs)
+    good_build(stubs, 0)
+
+
+@pytest.mark.parametrize("name", ["", "4_ggn_diagnal"])
+def test_page_with_a_typo(stubs, name):
+    """``make page`` with an unknown page lists the pages there are."""
+    result = stubs.make("page", f"PAGE={name}")
+    assert result.returncode != 0
+    assert "4_ggn_diagonal" in result.stdout
+
+
+def test_page_alone(stubs):
+    """``make page`` builds one page and leaves the site alone."""
+    before = sorted(stubs.html.rglob("*"))
+    result = stubs.make("page", "PAGE=4_ggn_diagonal")
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert count_of_pages_run(result.stdout) == 1
+    assert sorted(stubs.html.rglob("*")) == before
+
+
+def test_unknown_part_of_the_tests(stubs):
+    """``make test`` with an unknown part lists the parts there are."""
+    result = stubs.make("test", "T=mutation")
+    assert result.returncode != 0
+    assert "mutations" in result.stdout
+
+
+def test_old_python(stubs, tmp_path):
+    """An old Python is refused with a word on what to do."""
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    (stubs[".venv"] / "requirements.txt").unlink()
+    result = stubs.make("html", f"PYTHON={old}")
+    assert result.returncode != 0
+    assert "Python 3.11 or newer is needed" in result.stdout
