@@ -146,6 +146,7 @@ html_theme_options = {
     "navbar_persistent": ["search-button"],
     "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc", "sg_download_links"],
+    "article_header_end": ["where"],
     "article_footer_items": ["run-with"],
     "footer_start": ["copyright"],
     "footer_end": [],
@@ -155,6 +156,10 @@ html_context = {
     "default_mode": "auto",  # as the reader's system: light or dark
     "run_with": f"torch {metadata.version('torch')} and BackPACK "
     + metadata.version("backpack-for-pytorch"),
+    "reading_order": [
+        f"gallery/{page.parent.name}/{page.stem}"
+        for page in sorted(ROOT.glob("examples/*/[0-9]*.py"))
+    ],
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -1,5 +1,6 @@
 """What all tests share: progress lines, the summary, and one build of the site."""
 
+import time
 from pathlib import Path
 
 import pages
@@ -26,7 +27,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """Build the whole site once, in a copy of the repository."""
     repository = Repository(tmp_path_factory.mktemp("built"))
     pages.progress("building the site")
+    start = time.monotonic()
     repository.build = repository.make("html")
+    repository.seconds = time.monotonic() - start
     assert repository.build.returncode == 0, repository.build.stdout
     return repository
 

@@ -62,7 +62,10 @@ def with_mutant(source: str) -> str | None:
             is_method = isinstance(method, ast.FunctionDef)
             if is_method and method.name != "__init__" and "bias" != method.name:
                 last = method.body[-1]
-                if isinstance(last, ast.Return) and "self" not in ast.unparse(last):
+                computes = isinstance(last, ast.Return) and not isinstance(
+                    last.value, ast.Constant
+                )
+                if computes and "self" not in ast.unparse(last):
                     lines = source.splitlines(keepends=True)
                     start, end = last.lineno - 1, last.end_lineno
                     indent = " " * last.col_offset
@@ -87,13 +90,7 @@ def test_mutants_fail_the_build_and_are_named(built, tmp_path):
     assert failed.returncode != 0
     assert not built.html.exists(), "a broken site could be published"
     for page in mutated:
-        report = re.search(
-            rf"(?s)examples/{name_of(page)}\.py failed.*?\n\n\n|"
-            rf"(?s){page.name} failed.*",
-            failed.stdout,
-        )
         assert f"{name_of(page)}.py" in failed.stdout, failed.stdout[-5000:]
-        assert report is None or "Error" in report[0]
     assert failed.stdout.count("AssertionError") >= len(mutated)
     assert "not close" in failed.stdout
 
