@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from pages import ENVIRONMENT, PAGES, WARNINGS, name_of
 
 SEED = "torch.manual_seed(0)"
-SEEDS = range(1, 21)
+SEEDS = range(1, 1 + int(os.environ.get("SEEDS", 3)))  # twenty every week
 # float64 becomes float32, and checks get this tolerance.
 FLOAT32 = {"rtol": 1e-3, "atol": 1e-4}
 
@@ -211,7 +212,7 @@ def test_raw_markup_is_noticed():
 # ---------------------------------------------------------------------------
 @each_page
 def test_other_seeds(page):
-    """No check passes by luck: twenty other seeds."""
+    """No check passes by luck: other seeds."""
     source = page.read_text()
     if SEED not in source:
         pytest.skip("no random numbers")

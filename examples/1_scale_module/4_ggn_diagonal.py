@@ -307,6 +307,11 @@ with backpack(make_diag_ggn(PrintingDiagGGNExact)):
 diag_backpack = [parameter.diag_ggn_exact for parameter in model.parameters()]
 
 # %%
+# The same class by hand, for sequences: V gets the axis of the T = 2 steps, too.
+
+compare_by_hand(PrintingDiagGGNExact(), T, D)
+
+# %%
 # A second way: GGN-vector products
 # ---------------------------------
 # BackPACK can also multiply the GGN with a vector. For this it needs nothing but

@@ -710,9 +710,9 @@ if not asked.any(0).all():
     raise RuntimeError("A method of the derivatives class is never used.")
 
 # %%
-# Most extensions need no more than the two transposed products. The Hessian asks for the
-# fact as well, ``KFRA`` and ``HBP`` for the average and :math:`\mathrm{J}_w`, the matrix
-# products for both ways forward.
+# Most extensions need no more than the two transposed products. The Hessian diagonal
+# also asks for the fact, ``KFRA`` and ``HBP`` for the average and
+# :math:`\mathrm{J}_w`, and the matrix products for both ways forward.
 
 transposed = {"_jac_t_mat_prod", "_weight_jac_t_mat_prod"}
 others = [i for i, method in enumerate(methods) if method not in transposed]
