@@ -47,6 +47,7 @@ sphinx_gallery_conf = {
     # Commented out: whoever runs a notebook decides what is installed where.
     "first_notebook_cell": "# If these are missing (on Colab, say), run this cell "
     f"without the first # of the next line.\n# %pip install {' '.join(PINS)}",
+    "capture_repr": (),  # a page shows what it prints, as the script does
     "inspect_global_variables": False,  # link what is imported, not every variable
     "write_computation_times": False,  # its page loads scripts from other hosts
     "show_signature": False,
