@@ -59,7 +59,7 @@ linkcheck: html  ## Visit every link to another site
 lint: venv-tests  ## Check format, style, spelling and the workflows
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m ruff check .
-	.venv/bin/codespell -L nd README.md conf.py Makefile docs/index.rst examples tests
+	.venv/bin/codespell -L nd README.md conf.py Makefile docs/*.rst examples tests
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows \
 	.github/workflows/*.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml

@@ -15,7 +15,7 @@ def test_lint(tmp_path):
 def test_lint_notices(tmp_path):
     """``make lint`` fails on a misspelled word."""
     repository = Repository(tmp_path)
-    misspelled = "mis" + "pelled"  # in two parts, or it would be found here, too
+    misspelled = "mi" + "spelled"  # in two parts, or it would be found here, too
     with repository["README.md"].open("a") as file:
         file.write(f"\nA {misspelled} word.\n")
     result = repository.make("lint")

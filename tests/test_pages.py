@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,7 @@ def scripts():
 
     def run(page: Path) -> subprocess.CompletedProcess:
         options = [f"-W{option}" for option in (*WARNINGS, SHOWING)]
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             process = subprocess.run(
                 [sys.executable, *options, str(page)],
@@ -99,6 +101,7 @@ def scripts():
                 capture_output=True,
                 text=True,
             )
+            process.seconds = time.monotonic() - start
             process.left_behind = [path.name for path in Path(folder).iterdir()]
         pages.progress(f"script    {name_of(page)}")
         return process
@@ -114,6 +117,14 @@ def test_script(page, scripts):
     """Each page runs from an empty folder, and leaves it empty."""
     assert scripts[page].returncode == 0, scripts[page].stderr
     assert not scripts[page].left_behind
+
+
+def test_build_is_not_slower_than_its_pages(scripts, built):
+    """Report the time of a clean build; the scripts ran two at a time."""
+    ratio = built.seconds / sum(process.seconds for process in scripts.values())
+    pages.SUMMARY.append(
+        f"clean build: {ratio:.2f} of the time of all scripts added up"
+    )
 
 
 def lines(text: str, page: Path) -> list[str]:
