@@ -9,6 +9,7 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from docutils import nodes
+from PIL import Image
 from sphinx.ext.intersphinx import InventoryAdapter
 
 ROOT = Path(__file__).parent
@@ -69,6 +70,9 @@ def prepare_page(gallery_conf, fname, when):
     import matplotlib.pyplot as plt
 
     if when == "after":
+        for path in GALLERY.glob(f"*/images/*_{Path(fname).stem}_*.png"):
+            image = Image.open(path).convert("RGB")  # half the size with 256 colors
+            image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         page_filters.close()
         RUNNING.unlink()
         return
