@@ -135,11 +135,18 @@ LOOK = r"""(width) => {
                 problems.push("code cut off: " + code.textContent.slice(0, 60));
     return problems;
 }"""
-# The thousands of colored words in code look the same on all pages: one page is enough.
-AXE = """async (withCode) => (await axe.run(
-    withCode ? document : {exclude: [["div.highlight pre > *"]]},
-    {resultTypes: ["violations"], preload: false},
-)).violations.map(v => `${v.help}: ${v.nodes.map(n => n.html).join(" | ")}`)"""
+# Code and formulas have thousands of elements that look the same on all pages: they are
+# examined on one page. Whether the keyboard can scroll them is examined on all.
+AXE = """async (everything) => {
+    const options = {resultTypes: ["violations"], preload: false};
+    const rest = {exclude: [["div.highlight"], ["mjx-container"]]};
+    const results = [
+        await axe.run(everything ? document : rest, options),
+        await axe.run({...options, runOnly: ["scrollable-region-focusable"]}),
+    ];
+    return results.flatMap(result => result.violations).map(
+        v => `${v.help}: ${v.nodes.map(n => n.html).join(" | ")}`);
+}"""
 
 
 def test_every_page_looks_right(chromium, address, site):
