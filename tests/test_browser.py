@@ -202,7 +202,7 @@ def test_links(page, address, site):
             elif anchor and target in anchors and anchor not in anchors[target]:
                 broken.append(f"{name}: no anchor {target}#{anchor}")
     assert not broken, "\n".join(broken)
-    assert set(html_files(site)) == set(anchors)
+    assert set(html_files(site)) - {"search.html"} == set(anchors)
 
 
 def test_next_walks_through_all_pages_in_reading_order(page, address):
@@ -211,7 +211,8 @@ def test_next_walks_through_all_pages_in_reading_order(page, address):
     walked = []
     for button in ["a.right-next", "a.left-prev"]:
         while page.locator(button).count():
-            page.locator(button).click()
+            with page.expect_navigation():
+                page.locator(button).click()
             walked.append(page.url.removeprefix(address))
     assert [name for name in walked if name in READING_ORDER] == expected
     assert walked[-1] == "index.html"
@@ -265,10 +266,11 @@ def test_from_disk(chromium, site):
     page.goto((site / READING_ORDER[2]).as_uri())
     wait_for_math(page)
     problems += page.evaluate(LOOK, 1280)
+    assert not problems
+    # The search works, too; only the summaries of what it finds need a server.
     page.goto((site / "search.html").as_uri() + "?q=GGN")
     page.wait_for_selector("ul.search li a")
     context.close()
-    assert not problems
 
 
 def test_printed_page_is_complete(chromium, address, tmp_path):
