@@ -11,7 +11,7 @@ We will:
    branches, and where they meet again it is added up;
 2. write the ReZero block with modules only, and check it in first and second order;
 3. write the same with a plain ``+``, and see first order work and second order fail;
-4. see what BackPACK's converter can and can't do about it;
+4. see what BackPACK's converter can do about it and what it cannot;
 5. look at the curvature of a ReZero block at the start of training.
 
 You should know ``ScaleModule`` and its two extensions: `Individual gradients
@@ -115,18 +115,18 @@ def make_diag_ggn() -> DiagGGNExact:
 
 
 # %%
-# A fork in the road of V
-# -----------------------
+# V at a fork and at a sum
+# ------------------------
 # A ReZero block adds a scaled function of its input to the input,
 #
 # .. math::
 #     z = x + \alpha \, F(x) ,
 #
-# where :math:`F` is a small network and the number :math:`\alpha` is trained. It starts
-# at zero, so that the block starts as the identity. In our words, :math:`\alpha` is the
-# weight of a scale module.
+# where :math:`F` is a small network, called ``inner`` in code, and the number
+# :math:`\alpha` is trained. It starts at zero, so that the block starts as the
+# identity. In our words, :math:`\alpha` is the weight of a scale module.
 #
-# The input reaches the output on two ways, and the Jacobian is the sum over both:
+# The input reaches the output along two paths, and the Jacobian is the sum over both:
 #
 # .. math::
 #     \mathrm{J}_x z = I + \alpha \, \mathrm{J}_x F
@@ -136,17 +136,21 @@ def make_diag_ggn() -> DiagGGNExact:
 # Read from right to left: at the sum, :math:`V_z` goes into both branches unchanged.
 # Each branch sends it through its own layers. At the fork, where both branches took the
 # same :math:`x`, the results are **added**.
+#
+# The demonstration is for one sample, where V is a matrix with its columns last, as in
+# the formula. For a batch BackPACK puts the columns first: ``[C, N, D]``.
 
 N, D, C = 6, 5, 4
 alpha = 0.7
 
-F = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, D)).to(device, torch.float64)
+inner = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, D))
+inner = inner.to(device, torch.float64)
 x = torch.randn(D, dtype=torch.float64, device=device)
 V_z = torch.randn(D, C, dtype=torch.float64, device=device)
 
-J = jacrev(lambda x: x + alpha * F(x))(x)
-two_ways = V_z + jacrev(F)(x).T @ (alpha * V_z)
-torch.testing.assert_close(two_ways, J.T @ V_z)
+J = jacrev(lambda x: x + alpha * inner(x))(x)
+two_paths = V_z + jacrev(inner)(x).T @ (alpha * V_z)
+torch.testing.assert_close(two_paths, J.T @ V_z)
 
 # %%
 # The picture shows the block as a computation graph.
@@ -167,13 +171,13 @@ for text, place in places.items():
     box = {"boxstyle": f"{shape},pad=0.4", "fc": "white", "ec": color}
     ax.text(*place, text, bbox=box, zorder=3, **style)
 
-ways = [
+paths = [
     [(0, 0), (0.5, 0.9), (5.3, 0.9), (6, 0)],
     [(0, 0), (0.5, -0.9), (5.3, -0.9), (6, 0)],
     [(6, 0), (7.3, 0)],
 ]
-for way in ways:
-    for start, end in zip(way[:-1], way[1:], strict=True):
+for path in paths:
+    for start, end in zip(path[:-1], path[1:], strict=True):
         ax.plot(*zip(start, end, strict=True), color="0.8", linewidth=6, zorder=1)
 
 arrow = {"arrowstyle": "->", "linewidth": 1.6}
@@ -185,7 +189,7 @@ for text, (tip, tail), color in [
     ("$V_z$", [(6.35, -0.13), (6.9, -0.13)], "C2"),
     ("$V_z$", [(4.5, 0.77), (5.3, 0.77)], "C2"),
     (r"$\alpha V_z$", [(2.3, 0.77), (3.5, 0.77)], "C2"),
-    (r"$\mathrm{J}_F^\top \alpha V_z$", [(0.6, 0.77), (1.7, 0.77)], "C2"),
+    (r"$(\mathrm{J}_x F)^\top \alpha V_z$", [(0.6, 0.77), (1.7, 0.77)], "C2"),
     ("$V_z$", [(3.6, -1.03), (5.3, -1.03)], "C2"),
     ("$V_z$", [(0.6, -1.03), (2.4, -1.03)], "C2"),
 ]:
@@ -205,63 +209,76 @@ plt.show()
 # The block, made of modules
 # --------------------------
 # PyTorch adds gradients at a fork by itself. For V this is BackPACK's work, and
-# BackPACK only sees modules. So fork and sum must be modules too, and BackPACK has
-# them: ``Parallel`` gives its input to each of its branches and sends what they return
-# to a ``SumModule``. The identity is a branch as well, ``nn.Identity``.
+# BackPACK only sees modules. So the **sum** must be a module, ``SumModule``, which
+# copies V to its summands. The fork needs none, as we will see. ``Parallel`` saves us a
+# ``forward``: it gives its input to each of its branches and sends what they return to
+# a ``SumModule``. The identity is a branch as well, ``nn.Identity``.
 
 
 class ReZero(Parallel):
-    """Residual block ``x + alpha * F(x)`` (Bachlechner et al., 2020)."""
+    """Residual block ``x + alpha * inner(x)`` (Bachlechner et al., 2020)."""
 
-    def __init__(self, F: nn.Module, alpha: float = 0.0, identity_first: bool = True):
+    def __init__(
+        self, inner: nn.Module, alpha: float = 0.0, identity_first: bool = True
+    ):
         """Build the two branches.
 
         Args:
-            F: Maps ``[N, D]`` to ``[N, D]``.
+            inner: Maps ``[N, D]`` to ``[N, D]``.
             alpha: Initial weight of the scale module. Default: ``0.0``.
             identity_first: Order of the branches, to test both. Default: ``True``.
         """
-        branches = [nn.Identity(), nn.Sequential(F, ScaleModule(alpha))]
+        branches = [nn.Identity(), nn.Sequential(inner, ScaleModule(alpha))]
         super().__init__(*(branches if identity_first else reversed(branches)))
 
 
 # %%
-# Both branches get the same tensor object :math:`x`. BackPACK stores each V under the
-# memory address of its tensor. When the second branch delivers, the place is taken, and
-# the extension is asked how to combine the two. ``DiagGGNExact`` adds:
+# Why does the fork need no module? Both branches get the same :math:`x`, and BackPACK
+# stores each V under the memory address of its tensor. When the second branch delivers,
+# the place is taken, and the extension is asked how to combine the two.
+# ``DiagGGNExact`` adds:
 
 A, B = torch.randn(2, C, N, D, device=device)
 combined = DiagGGNExact().accumulate_backpropagated_quantities(A, B)
 torch.testing.assert_close(combined, A + B)
 
 # %%
+# ``nn.Identity`` returns :math:`x` itself, so its output has the address of the fork.
+# Its V is still not counted twice: BackPACK takes V away from the address of a layer's
+# output before it stores the result at the address of the input.
+
+print(f"same address: {nn.Identity()(A).data_ptr() == A.data_ptr()}")
+
+# %%
 # We can look at V at the fork. The block is the whole network here, and its input
 # requires a gradient, so that BackPACK computes a V for it, which stays in the
 # extension after the pass. It must be :math:`(\mathrm{J}_x z)^\top S`. For S we take
-# the formula for cross-entropy, :math:`S = \mathrm{diag}(\sqrt{p}) - p \sqrt{p}^\top`,
-# with the softmax :math:`p` of the outputs. There are D of them, so V has D columns.
-# This compares V itself, with its sign.
+# the formula for cross-entropy, :math:`S = \mathrm{diag}(\sqrt{\pi}) - \pi
+# \sqrt{\pi}^\top`, with the softmax :math:`\pi` of the outputs. The block has D
+# outputs, so V has D columns here. The labels are all zero: the Hessian of
+# cross-entropy does not depend on the label. This compares V itself, with its sign.
 
 
-def make_F() -> nn.Sequential:
+def make_inner() -> nn.Sequential:
     """Build a small network that maps ``[N, D]`` to ``[N, D]``."""
     return nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, D))
 
 
 X = torch.randn(N, D, dtype=torch.float64, device=device)
+labels = torch.zeros(N, dtype=int, device=device)
 
 for identity_first in [True, False]:
-    block = ReZero(make_F(), alpha, identity_first).to(device, torch.float64)
+    block = ReZero(make_inner(), alpha, identity_first).to(device, torch.float64)
     Z, pull_back = vjp(block, X)
-    p = Z.softmax(-1)
-    S = torch.diag_embed(p.sqrt()) - einsum(p, p.sqrt(), "n d, n c -> n d c")
+    pi = Z.softmax(-1)
+    S = torch.diag_embed(pi.sqrt()) - einsum(pi, pi.sqrt(), "n d, n c -> n d c")
     expected = vmap(pull_back)(einsum(S, "n d c -> c n d"))[0]
 
     block, loss_function = extend(block), extend(nn.CrossEntropyLoss(reduction="sum"))
     fork = X.clone().requires_grad_()
     diag_ggn = make_diag_ggn()
     with backpack(diag_ggn):
-        loss_function(block(fork), torch.zeros(N, dtype=int, device=device)).backward()
+        loss_function(block(fork), labels).backward()
     V_x = diag_ggn.saved_quantities.retrieve_quantity(fork.data_ptr(), delete_old=True)
     torch.testing.assert_close(V_x, expected)
     print(f"identity first: {identity_first!s:5}  V at the fork: {list(V_x.shape)}")
@@ -310,6 +327,11 @@ def ggn_diagonal_of_sample(
 # %%
 # One function runs the witnesses, then extends the model, and then lets BackPACK
 # compute all that was asked for. It compares every parameter of the network.
+#
+# The witnesses take each sample's own loss. With ``"mean"`` BackPACK keeps the factor
+# 1 / N in its results, so both are multiplied by it, as ``r``. The second run asks
+# ``BatchGrad`` for the samples 4, 0 and 2 only: fewer than all, and not in order, so
+# that a method that ignores the subset is noticed.
 
 
 def check(
@@ -373,16 +395,21 @@ def make_network(name: str, identity_first: bool) -> nn.Sequential:
         identity_first: Order of the branches.
     """
 
-    def block(F: nn.Module) -> ReZero:
-        return ReZero(F, alpha, identity_first)
+    def block(inner: nn.Module) -> ReZero:
+        return ReZero(inner, alpha, identity_first)
 
-    F_logits = nn.Sequential(nn.Linear(C, 3), nn.Sigmoid(), nn.Linear(3, C))
+    inner_logits = nn.Sequential(nn.Linear(C, 3), nn.Sigmoid(), nn.Linear(3, C))
     layers = {
-        "first": [block(make_F()), nn.Linear(D, C)],
-        "middle": [nn.Linear(D, D), block(make_F()), nn.Linear(D, C)],
-        "last": [nn.Linear(D, C), block(F_logits)],
-        "twice": [nn.Linear(D, D), block(make_F()), block(make_F()), nn.Linear(D, C)],
-        "nested": [nn.Linear(D, D), block(block(make_F())), nn.Linear(D, C)],
+        "first": [block(make_inner()), nn.Linear(D, C)],
+        "middle": [nn.Linear(D, D), block(make_inner()), nn.Linear(D, C)],
+        "last": [nn.Linear(D, C), block(inner_logits)],
+        "twice": [
+            nn.Linear(D, D),
+            block(make_inner()),
+            block(make_inner()),
+            nn.Linear(D, C),
+        ],
+        "nested": [nn.Linear(D, D), block(block(make_inner())), nn.Linear(D, C)],
     }[name]
     return nn.Sequential(*layers).to(device, torch.float64)
 
@@ -396,35 +423,43 @@ for name in ["first", "middle", "last", "twice", "nested"]:
 # %%
 # The same block with a plain +
 # -----------------------------
-# Most people would write the block like this. It computes the same.
+# Most people would write the block like this.
 
 
 class PlainReZero(nn.Module):
-    """Residual block ``x + alpha * F(x)`` with a plain ``+``."""
+    """Residual block ``x + alpha * inner(x)`` with a plain ``+``."""
 
-    def __init__(self, F: nn.Module, alpha: float = 0.0):
-        """Store ``F``, which maps ``[N, D]`` to ``[N, D]``, and build the scale."""
+    def __init__(self, inner: nn.Module, alpha: float = 0.0):
+        """Store ``inner``, which maps ``[N, D]`` to ``[N, D]``, and build the scale."""
         super().__init__()
-        self.F = F
+        self.inner = inner
         self.scale = ScaleModule(alpha)
 
     def forward(self, X: Tensor) -> Tensor:
         """Compute the block for ``X`` of shape ``[N, D]``."""
-        return X + self.scale(self.F(X))
+        return X + self.scale(self.inner(X))
 
 
 def make_plain_network() -> nn.Sequential:
     """Build a network with a ``PlainReZero`` block in the middle."""
-    layers = [nn.Linear(D, D), PlainReZero(make_F(), alpha), nn.Linear(D, C)]
+    layers = [nn.Linear(D, D), PlainReZero(make_inner(), alpha), nn.Linear(D, C)]
     return nn.Sequential(*layers).to(device, torch.float64)
 
 
 # %%
+# It computes the same:
+
+inner = make_inner().to(device, torch.float64)
+plain = PlainReZero(inner, alpha).to(device, torch.float64)
+modular = ReZero(inner, alpha).to(device, torch.float64)
+torch.testing.assert_close(plain(X), modular(X))
+
+# %%
 # First order works. An individual gradient needs only what PyTorch brings to each
-# layer, and PyTorch knows about the sum. BackPACK warns, because ``PlainReZero`` has a
-# ``forward`` of its own, so it counts as a layer that BackPACK does not know. The
-# warning can be ignored here: the parameters belong to the layers inside, and these are
-# known.
+# layer, and PyTorch knows about the sum. BackPACK warns: ``PlainReZero`` is neither a
+# ``Sequential`` nor a ``Parallel``, so ``extend`` puts hooks on it, as on a layer, and
+# there is no extension for it. The warning can be ignored here: the parameters belong
+# to the layers inside, and these are known.
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -435,7 +470,7 @@ texts = {str(warning.message) for warning in caught}
 print(f"UserWarning: {message}")
 
 # %%
-# Second order does not.
+# Second order fails.
 
 
 def show(error: Exception):
@@ -458,24 +493,25 @@ else:
 # :math:`\alpha F(x)`, which is another tensor. A ``SumModule`` would have copied V from
 # :math:`z` to its summands; the ``+`` has no hook and did nothing.
 #
-# Is it enough to replace the ``+`` by a ``SumModule``? Not yet: BackPACK gets further,
-# and then reaches the class that has a ``forward`` of its own.
+# Is it enough to replace the ``+`` by a ``SumModule``? No: BackPACK gets further, and
+# then reaches the block itself, which has hooks and no extension.
 
 
 class PlainReZeroWithSum(PlainReZero):
     """``PlainReZero`` with a ``SumModule`` in place of the ``+``."""
 
-    def __init__(self, F: nn.Module, alpha: float = 0.0):
-        """Store ``F``, and build the scale and the sum."""
-        super().__init__(F, alpha)
+    def __init__(self, inner: nn.Module, alpha: float = 0.0):
+        """Store ``inner``, and build the scale and the sum."""
+        super().__init__(inner, alpha)
         self.sum = SumModule()
 
     def forward(self, X: Tensor) -> Tensor:
         """Compute the block for ``X`` of shape ``[N, D]``."""
-        return self.sum(X, self.scale(self.F(X)))
+        return self.sum(X, self.scale(self.inner(X)))
 
 
-model = nn.Sequential(nn.Linear(D, D), PlainReZeroWithSum(make_F()), nn.Linear(D, C))
+block = PlainReZeroWithSum(make_inner(), alpha)
+model = nn.Sequential(nn.Linear(D, D), block, nn.Linear(D, C))
 try:
     check(model.to(device, torch.float64), first_order=False)
 except NotImplementedError as error:
@@ -491,20 +527,21 @@ else:
 
 
 class SequentialReZero(nn.Sequential):
-    """Residual block ``x + alpha * F(x)`` with its own ``forward``."""
+    """Residual block ``x + alpha * inner(x)`` with its own ``forward``."""
 
-    def __init__(self, F: nn.Module, alpha: float = 0.0):
-        """Store ``F``, which maps ``[N, D]`` to ``[N, D]``; build scale and sum."""
-        super().__init__(F, ScaleModule(alpha), SumModule())
+    def __init__(self, inner: nn.Module, alpha: float = 0.0):
+        """Store ``inner``, which maps ``[N, D]`` to ``[N, D]``; build scale and sum."""
+        super().__init__(inner, ScaleModule(alpha), SumModule())
 
     def forward(self, X: Tensor) -> Tensor:
         """Compute the block for ``X`` of shape ``[N, D]``."""
-        F, scale, add = self
-        return add(X, scale(F(X)))
+        inner, scale, add = self
+        return add(X, scale(inner(X)))
 
 
-model = nn.Sequential(nn.Linear(D, D), SequentialReZero(make_F(), alpha))
-check(model.append(nn.Linear(D, C)).to(device, torch.float64))
+model = nn.Sequential(nn.Linear(D, D), SequentialReZero(make_inner(), alpha))
+_ = check(model.append(nn.Linear(D, C)).to(device, torch.float64))
+print("all agree")
 
 # %%
 # What the converter can do
@@ -516,19 +553,19 @@ check(model.append(nn.Linear(D, C)).to(device, torch.float64))
 
 
 class FixedReZero(nn.Module):
-    """Residual block ``x + 0.7 * F(x)``: the factor is not trained."""
+    """Residual block ``x + 0.7 * inner(x)``: the factor is not trained."""
 
-    def __init__(self, F: nn.Module):
-        """Store ``F``, which maps ``[N, D]`` to ``[N, D]``."""
+    def __init__(self, inner: nn.Module):
+        """Store ``inner``, which maps ``[N, D]`` to ``[N, D]``."""
         super().__init__()
-        self.F = F
+        self.inner = inner
 
     def forward(self, X: Tensor) -> Tensor:
         """Compute the block for ``X`` of shape ``[N, D]``."""
-        return X + 0.7 * self.F(X)
+        return X + 0.7 * self.inner(X)
 
 
-model = nn.Sequential(nn.Linear(D, D), FixedReZero(make_F()), nn.Linear(D, C))
+model = nn.Sequential(nn.Linear(D, D), FixedReZero(make_inner()), nn.Linear(D, C))
 converted = check(model.to(device, torch.float64), use_converter=True)
 
 print(*sorted({type(layer).__name__ for layer in converted.modules()}))
@@ -537,7 +574,6 @@ print(*sorted({type(layer).__name__ for layer in converted.modules()}))
 # These are the layers, a ``SumModule``, BackPACK's own ``ScaleModule``, which
 # multiplies by a fixed number, and two kinds of container. ``FixedReZero`` is gone: the
 # converter has taken it apart.
-
 #
 # With our layer, the conversion fails.
 
@@ -549,38 +585,44 @@ else:
     raise RuntimeError("The converter handles ScaleModule. This page is out of date.")
 
 # %%
-# The tracer stops at PyTorch's own modules and at some of BackPACK's. Everything else
-# it enters. So it walked into ``ScaleModule.forward`` and met ``weight * X``. It knows
-# what to do with a number times a tensor, but here both factors are tensors. Had it
-# gone on, ``ScaleModule`` would have met the fate of ``FixedReZero``: taken apart, and
-# with it the class for which we registered an extension.
+# The tracer stops at PyTorch's own modules and at some of BackPACK's. It enters all
+# other modules. So it walked into ``ScaleModule.forward`` and met ``weight * X``. It
+# knows what to do with a number times a tensor, but here both factors are tensors.
 #
 # Curvature at the start
 # ----------------------
 # ReZero starts with :math:`\alpha = 0`. What does the GGN see there? V on its way into
 # :math:`F` is multiplied by :math:`\alpha`, so the diagonal of all parameters in
-# :math:`F` is exactly zero. Only :math:`\alpha` itself has curvature.
+# :math:`F` is exactly zero. Inside the block, only :math:`\alpha` has curvature.
 
-
-def curvature(alpha: float) -> tuple[Tensor, Tensor]:
-    """Return the GGN diagonal of ``alpha`` and the sum over the parameters of ``F``."""
-    with torch.no_grad():
-        scale.weight.fill_(alpha)
-    with backpack(make_diag_ggn()):
-        loss_function(model(X), targets).backward()
-    diagonals = [p.diag_ggn_exact.sum() for p in inner.parameters()]
-    return scale.weight.diag_ggn_exact, torch.stack(diagonals).sum()
-
-
-inner = make_F()
+inner = make_inner()
 block = ReZero(inner)
 scale = next(layer for layer in block.modules() if isinstance(layer, ScaleModule))
 model = nn.Sequential(nn.Linear(D, D), block, nn.Linear(D, C)).to(device, torch.float64)
 model, loss_function = extend(model), extend(nn.CrossEntropyLoss())
 targets = torch.randint(C, (N,), device=device)
 
+
+def curvature(weight: float) -> tuple[Tensor, Tensor]:
+    """Return the GGN diagonal of ``alpha`` and the sum over all of ``inner``.
+
+    Args:
+        weight: The value of ``alpha``.
+    """
+    with torch.no_grad():
+        scale.weight.fill_(weight)
+    with backpack(make_diag_ggn()):
+        loss_function(model(X), targets).backward()
+    diagonals = [p.diag_ggn_exact.sum() for p in inner.parameters()]
+    return scale.weight.diag_ggn_exact, torch.stack(diagonals).sum()
+
+
+# %%
+# The check has no tolerance: zero is exact.
+
 at_start, inside_at_start = curvature(0.0)
-torch.testing.assert_close(inside_at_start, torch.zeros_like(inside_at_start))
+zero = torch.zeros_like(inside_at_start)
+torch.testing.assert_close(inside_at_start, zero, rtol=0, atol=0)
 print(f"GGN diagonal at the start: alpha {at_start.item():.4f}, all of F 0")
 
 # %%
@@ -596,7 +638,7 @@ for column, label in enumerate([r"$\alpha$", "all parameters of $F$ (sum)"]):
     ax.plot(alphas, line, color=f"C{column}", label=label)
 ax.set_xlabel(r"$\alpha$")
 ax.set_ylabel("GGN diagonal")
-ax.set_title(r"At $\alpha = 0$ only the scale weight has curvature")
+ax.set_title(r"Inside the block, only $\alpha$ has curvature at $\alpha = 0$")
 ax.legend()
 plt.show()
 
@@ -610,7 +652,8 @@ plt.show()
 # with :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`, in float64 at the default
 # tolerance of ``torch.testing.assert_close``. With a plain ``+`` the first order agrees
 # and the second raises; the converter raises on ``ScaleModule`` and works with a fixed
-# factor. At :math:`\alpha = 0` the diagonal of all parameters of :math:`F` is zero.
+# factor. At :math:`\alpha = 0` the diagonal of all parameters of :math:`F` is exactly
+# zero.
 #
 # **Next:** `A custom loss <4_custom_loss.html>`_: where V begins.
 #

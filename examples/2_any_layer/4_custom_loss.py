@@ -34,7 +34,7 @@ from backpack.extensions.module_extension import ModuleExtension
 from backpack.utils.subsampling import subsample
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vjp, vmap
+from torch.func import functional_call, jacrev, vmap
 from torch.nn.modules.loss import _Loss
 
 torch.manual_seed(0)
@@ -57,7 +57,8 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # its Hessian couples all entries of the output, and it depends on the target. For the
 # square loss neither is the case.
 #
-# A loss for BackPACK must inherit from ``_Loss``, the base class of PyTorch's losses.
+# For second order, a loss must inherit from ``_Loss``, the base class of PyTorch's
+# losses. We will see why.
 
 
 class PseudoHuberLoss(_Loss):
@@ -83,9 +84,9 @@ class PseudoHuberLoss(_Loss):
         Returns:
             The loss, a scalar.
         """
-        return self.reduce(self.delta**2 * (self.root(output - target) - 1))
+        return self.reduce(self.delta**2 * (self.compute_s(output - target) - 1))
 
-    def root(self, R: Tensor) -> Tensor:
+    def compute_s(self, R: Tensor) -> Tensor:
         """Compute s for residuals ``R`` of shape ``[N, C]``; shape ``[N]``."""
         return (1 + R.square().sum(-1) / self.delta**2).sqrt()
 
@@ -95,8 +96,8 @@ class PseudoHuberLoss(_Loss):
 
 
 # %%
-# Which losses does BackPACK know? We ask it: each loss gets an output and a target of
-# shape ``[N, 1]``, or class indices.
+# Which losses does BackPACK know? We ask it about six. Each loss gets an output and a
+# target of shape ``[N, 1]``, or class indices.
 
 N, D, C = 6, 5, 3
 delta = 0.7
@@ -109,22 +110,24 @@ for loss_class in [
     nn.PoissonNLLLoss,
     PseudoHuberLoss,
 ]:
-    output = extend(nn.Linear(D, 1).to(device))(torch.randn(N, D, device=device))
-    target = torch.zeros(N, 1, device=device)
-    target = target.flatten().long() if loss_class is nn.CrossEntropyLoss else target
+    prediction = extend(nn.Linear(D, 1).to(device))(torch.randn(N, D, device=device))
+    label = torch.zeros(N, 1, device=device)
+    label = label.flatten().long() if loss_class is nn.CrossEntropyLoss else label
     try:
         with backpack(DiagGGNExact()):
-            extend(loss_class())(output, target).backward()
+            extend(loss_class())(prediction, label).backward()
         print(f"{loss_class.__name__}: known")
     except NotImplementedError as error:
         print(f"{loss_class.__name__}: {error}")
 
 # %%
+# Of these six it knows three.
+#
 # First order needs nothing
 # -------------------------
-# Individual gradients need no help from the loss. PyTorch computes the gradient with
-# respect to the network's output, and from there on the layers work. To show it, here
-# are the scale module and its extensions.
+# Individual gradients need no help from the loss: PyTorch brings the gradient to the
+# network's output, and from there on the layers work. These are the scale module and
+# its extensions from Part 1.
 
 
 class ScaleModule(nn.Module):
@@ -194,17 +197,15 @@ def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
 X = torch.randn(N, D, dtype=torch.float64, device=device)
 Y = 2 * torch.randn(N, C, dtype=torch.float64, device=device)
 model = nn.Sequential(ScaleModule(), nn.Linear(D, C)).to(device, torch.float64)
-loss_function = PseudoHuberLoss(delta, reduction="sum")
+model, loss_function = extend(model), PseudoHuberLoss(delta, "sum")
 
-losses = [loss_function(model(X[[n]]), Y[[n]]) for n in range(N)]
-expected = [torch.autograd.grad(loss, model[0].weight)[0] for loss in losses]
-
-model = extend(model)
 for subset in [list(range(N)), [4, 0, 2]]:
     with backpack(make_batch_grad(subset)):
         loss_function(model(X), Y).backward()
-    by_loop = torch.stack(expected)[subset]
-    torch.testing.assert_close(model[0].weight.grad_batch, by_loop)
+    losses = [loss_function(model(X[[n]]), Y[[n]]) for n in subset]
+    by_loop = [torch.autograd.grad(loss, model[0].weight)[0] for loss in losses]
+    torch.testing.assert_close(model[0].weight.grad_batch, torch.stack(by_loop))
+print("BatchGrad: all agree")
 
 # %%
 # The Hessian
@@ -225,7 +226,7 @@ target = 2 * torch.randn(N, C, dtype=torch.float64, device=device)
 target[0] = output[0]
 
 R = output - target
-s = loss_function.root(R)
+s = loss_function.compute_s(R)
 outer = einsum(R, R, "n c, n d -> n c d")
 identity = torch.eye(C, dtype=torch.float64, device=device)
 H = (identity - outer / (delta * s).square().reshape(N, 1, 1)) / s.reshape(N, 1, 1)
@@ -237,7 +238,8 @@ torch.testing.assert_close(H, H_by_autodiff)
 # What are its eigenvalues? Orthogonal to :math:`r` the second term vanishes, which
 # leaves :math:`1/s`. Along :math:`r`, with :math:`\lVert r \rVert^2 = \delta^2 (s^2 -
 # 1)`, the eigenvalue is :math:`1/s^3`. All are positive, so the loss is convex in
-# :math:`f` and a real square root exists.
+# :math:`f` and a real square root exists. As :math:`s \geq 1`, the eigenvalue along
+# :math:`r` is the smallest. ``eigvalsh`` sorts in ascending order, so it comes first.
 
 eigenvalues = torch.linalg.eigvalsh(H)
 torch.testing.assert_close(eigenvalues[:, 0], s**-3)
@@ -247,7 +249,7 @@ torch.testing.assert_close(eigenvalues[:, 1:], (1 / s).unsqueeze(1).expand(N, C 
 # The square root
 # ---------------
 # We look for S with :math:`S S^\top = \nabla_f^2 \ell`. A matrix with the same
-# eigenvectors and the square roots of the eigenvalues does it: :math:`s^{-1/2}`
+# eigenvectors and the square roots of the eigenvalues works: :math:`s^{-1/2}`
 # orthogonal to :math:`r`, and :math:`s^{-3/2}` along it. With :math:`\lVert r \rVert^2
 # = \delta^2 (s - 1)(s + 1)` the norm drops out:
 #
@@ -256,8 +258,8 @@ torch.testing.assert_close(eigenvalues[:, 1:], (1 / s).unsqueeze(1).expand(N, C 
 #     I - \Bigl(1 - \frac{1}{s}\Bigr) \frac{r r^\top}{\lVert r \rVert^2} \right)
 #     = \frac{1}{\sqrt{s}} \left( I - \frac{r r^\top}{\delta^2 s (s + 1)} \right) .
 
-factor = (delta**2 * s * (s + 1)).reshape(N, 1, 1)
-S = (identity - outer / factor) / s.sqrt().reshape(N, 1, 1)
+denominator = (delta**2 * s * (s + 1)).reshape(N, 1, 1)
+S = (identity - outer / denominator) / s.sqrt().reshape(N, 1, 1)
 torch.testing.assert_close(S @ S.mT, H)
 
 # %%
@@ -274,13 +276,14 @@ plane = torch.cartesian_prod(fine, fine)
 unit_loss = PseudoHuberLoss(1.0)
 
 fig, ax = plt.subplots(figsize=(5.4, 4.6), layout="constrained")
-heights = (unit_loss.root(plane) - 1).reshape(80, 80)
+heights = (unit_loss.compute_s(plane) - 1).reshape(80, 80)
 contours = ax.contourf(fine.tolist(), fine.tolist(), heights.T.tolist(), cmap="cividis")
 fig.colorbar(contours, label=r"loss for $\delta = 1$")
-for r in grid:
-    size = unit_loss.root(r)
-    root = (torch.eye(2) - torch.outer(r, r) / (size * (size + 1))) / size.sqrt()
-    ellipse = r.unsqueeze(1) + 0.35 * root @ circle
+for residual in grid:
+    size = unit_loss.compute_s(residual)
+    projection = torch.outer(residual, residual) / (size * (size + 1))
+    image = (torch.eye(2) - projection) / size.sqrt() @ circle
+    ellipse = residual.unsqueeze(1) + 0.35 * image
     ax.plot(*ellipse.tolist(), color="white")
 ax.set(xlabel="residual, entry 1", ylabel="residual, entry 2", aspect="equal")
 ax.set_title("The image of a circle under S, at each residual")
@@ -290,9 +293,10 @@ plt.show()
 # The extension
 # -------------
 # The loss is the first module that the backward pass reaches. Nothing has been
-# backpropagated yet, so ``V_out`` is ``None``, and ``backpropagate`` returns S. A loss
-# without parameters needs no other method. Output and target are the two inputs of the
-# loss module: ``module.input0`` and ``module.input1``.
+# backpropagated yet, so ``V_out`` is ``None``, and ``backpropagate`` returns S. The
+# loss has no parameters, so the class needs no other method, and no ``__init__``.
+# Output and target are the two inputs of the loss module: ``module.input0`` and
+# ``module.input1``.
 #
 # With ``"mean"`` the loss is divided by N, and so is its Hessian. S gets the square
 # root of the factor, :math:`1/\sqrt{N}`.
@@ -324,7 +328,7 @@ class PseudoHuberLossDiagGGNExact(ModuleExtension):
         """
         R = module.input0 - module.input1
         N, C = R.shape
-        s = module.root(R).reshape(N, 1)
+        s = module.compute_s(R).reshape(N, 1)
         outer = einsum(R, R, "n k, n c -> k n c")
         identity = torch.eye(C, dtype=R.dtype, device=R.device).unsqueeze(1)
         S = (identity - outer / (module.delta**2 * s * (s + 1))) / s.sqrt()
@@ -366,41 +370,17 @@ def principal_root(H: Tensor) -> Tensor:
     return einsum(U, eigenvalues.sqrt(), U, "n c k, n k, n d k -> n c d")
 
 
-for reduction, r in {"mean": 1 / N, "sum": 1.0}.items():
+for reduction, factor in {"mean": 1 / N, "sum": 1.0}.items():
     loss_function = extend(PseudoHuberLoss(delta, reduction))
     loss_function(output.requires_grad_(), target)
     module_extension = PseudoHuberLossDiagGGNExact()
-    S = module_extension.backpropagate(None, loss_function, None, None, None)
+    S_returned = module_extension.backpropagate(None, loss_function, None, None, None)
 
-    square = einsum(S, S, "k n c, k n d -> n c d")
-    torch.testing.assert_close(square, r * H_by_autodiff)
-    root = rearrange(principal_root(r * H_by_autodiff), "n c k -> k n c")
-    torch.testing.assert_close(S, root)
-    print(f"{reduction:>4}: S has shape {list(S.shape)}")
-
-# %%
-# Must it be this root? No: the GGN only sees :math:`S S^\top`, and for any orthogonal
-# Q, :math:`S Q (S Q)^\top = S S^\top`.
-
-Q, _ = torch.linalg.qr(torch.randn(C, C, dtype=torch.float64, device=device))
-S = einsum(S, Q, "k n c, k j -> j n c")
-torch.testing.assert_close(einsum(S, S, "k n c, k n d -> n c d"), H)
-
-# %%
-# What matters is which axis holds the columns. A symmetric S can't tell, so here is one
-# that is not: the Cholesky factor L, lower triangular, with :math:`L L^\top = H`.
-
-L = torch.linalg.cholesky(H)
-S = rearrange(L, "n c k -> k n c")
-torch.testing.assert_close(einsum(S, S, "k n c, k n d -> n c d"), H)
-
-S = rearrange(L, "n c k -> c n k")
-try:
-    torch.testing.assert_close(einsum(S, S, "k n c, k n d -> n c d"), H)
-except AssertionError as error:
-    print(f"Axes the wrong way round. {error}")
-else:
-    raise RuntimeError("The wrong order of axes was not noticed.")
+    square = einsum(S_returned, S_returned, "k n c, k n d -> n c d")
+    torch.testing.assert_close(square, factor * H_by_autodiff)
+    expected = rearrange(principal_root(factor * H_by_autodiff), "n c k -> k n c")
+    torch.testing.assert_close(S_returned, expected)
+    print(f"{reduction:>4}: S has shape {list(S_returned.shape)}")
 
 # %%
 # Check the GGN diagonal
@@ -454,12 +434,12 @@ def compare(
     Returns:
         For each parameter its diagonal, by BackPACK and by the witness.
     """
-    r = {"mean": 1 / N, "sum": 1.0}[loss_function.reduction]
+    factor = {"mean": 1 / N, "sum": 1.0}[loss_function.reduction]
     by_witness = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for n in range(N):
         sample = [tensor[[n]] for tensor in (X, *loss_inputs)]
         diagonal = ggn_diagonal_of_sample(model, loss_function, *sample)
-        by_witness = {k: v + r * diagonal[k] for k, v in by_witness.items()}
+        by_witness = {k: v + factor * diagonal[k] for k, v in by_witness.items()}
 
     model, loss_function = extend(model), extend(loss_function)
     with backpack(make_diag_ggn(type(loss_function), loss_extension_class)):
@@ -494,29 +474,74 @@ for place in ["first", "middle", "last"]:
         print(f"{place:>6}  {reduction:>4}: all parameters agree")
 
 # %%
-# Squares hide a sign, so we look at V itself once, at the network's input. If the input
-# requires a gradient, BackPACK computes a V for it, which stays in the extension after
-# the pass, stored under the memory address of the input. It must be
-# :math:`(\mathrm{J}_x f)^\top S`.
+# Squares hide a sign. S was compared with its sign above, and what the scale module
+# makes of V is compared here:
 
-model = make_network("middle")
-output, pull_back = vjp(model, X)
-H = vmap(jacrev(jacrev(PseudoHuberLoss(delta, "sum"))))(output, Y)
-(expected,) = vmap(pull_back)(rearrange(principal_root(H), "n c k -> k n c"))
-
-model, loss_function = extend(model), extend(PseudoHuberLoss(delta, "sum"))
-inputs = X.clone().requires_grad_()
-diag_ggn = make_diag_ggn()
-with backpack(diag_ggn):
-    loss_function(model(inputs), Y).backward()
-
-V = diag_ggn.saved_quantities.retrieve_quantity(inputs.data_ptr(), delete_old=True)
-torch.testing.assert_close(V, expected)
-print(f"V at the input: {list(V.shape)}")
+layer = extend(ScaleModule(2.0).to(device, torch.float64))
+layer(X)
+V_out = torch.randn(C, N, D, dtype=torch.float64, device=device)
+V_in = ScaleModuleDiagGGNExact().backpropagate(None, layer, None, None, V_out)
+torch.testing.assert_close(V_in, 2.0 * V_out)
+print("sign: agrees")
 
 # %%
-# Why the base class matters: to any other module that finds no V, BackPACK says that
-# one is missing. This loss is the same, but it is no ``_Loss``.
+# Which root, and which axis?
+# ---------------------------
+# Must S be the principal root? No: the GGN only sees :math:`S S^\top`, and for any
+# orthogonal Q, :math:`S Q (S Q)^\top = S S^\top`. The Cholesky factor is such a root,
+# lower triangular. Unlike S so far it is not symmetric, so it also shows which axis
+# BackPACK takes for the columns: the first.
+
+
+class CholeskyDiagGGNExact(PseudoHuberLossDiagGGNExact):
+    """Start V at a ``PseudoHuberLoss`` with the Cholesky factor of the Hessian."""
+
+    axes = "n c k -> k n c"
+
+    def backpropagate(self, ext, module, g_inp, g_out, V_out: None) -> Tensor:
+        """Compute the Cholesky factor, shape ``[C, N, C]``, the columns first."""
+        S = super().backpropagate(ext, module, g_inp, g_out, V_out)
+        H = einsum(S, S, "k n c, k n d -> n c d")
+        return rearrange(torch.linalg.cholesky(H), self.axes)
+
+
+class WrongSwappedAxesDiagGGNExact(CholeskyDiagGGNExact):
+    """Wrong on purpose: has the columns last, and the entries first."""
+
+    axes = "n c k -> c n k"
+
+
+# %%
+# The right one agrees, alone and in a network.
+
+loss_function = extend(PseudoHuberLoss(delta, "sum"))
+loss_function(output, target)
+S_cholesky = CholeskyDiagGGNExact().backpropagate(None, loss_function, None, None, None)
+expected = torch.linalg.cholesky(H)
+torch.testing.assert_close(rearrange(S_cholesky, "k n c -> n c k"), expected)
+
+model, loss_function = make_network("middle"), PseudoHuberLoss(delta)
+results = compare(model, loss_function, CholeskyDiagGGNExact, Y)
+torch.testing.assert_close(*results)
+print("Columns first: all parameters agree")
+
+# %%
+# With swapped axes it does not.
+
+model, loss_function = make_network("middle"), PseudoHuberLoss(delta)
+results = compare(model, loss_function, WrongSwappedAxesDiagGGNExact, Y)
+try:
+    torch.testing.assert_close(*results)
+except AssertionError as error:
+    print(f"Axes swapped: {error}")
+else:
+    raise RuntimeError("The wrong order of axes was not noticed.")
+
+# %%
+# Why the base class matters
+# --------------------------
+# BackPACK lets only subclasses of ``_Loss`` start without a V. Any other module raises
+# an error. This loss is the same, but it is not a ``_Loss``.
 
 
 class WrongBaseLoss(nn.Module):
@@ -544,8 +569,10 @@ else:
 # inside the loss module: BackPACK starts there and does not see what comes after it
 # (see `The contract, and what breaks it <5_contract_and_traps.html>`__). A factor
 # :math:`a_n \geq 0` of the loss is a factor :math:`\sqrt{a_n}` of S. The weights are
-# the third input of the loss, ``module.input2``. Loss and extension are subclasses, and
-# as lookup is by exact class, they are registered as a pair of their own.
+# the third input of the loss, ``module.input2``. With ``"mean"`` this loss divides by
+# N, and not by the sum of the weights, as ``nn.CrossEntropyLoss`` with class weights
+# does. Loss and extension are subclasses, and as lookup is by exact class, they are
+# registered as a pair of their own.
 
 
 class WeightedPseudoHuberLoss(PseudoHuberLoss):
@@ -553,7 +580,7 @@ class WeightedPseudoHuberLoss(PseudoHuberLoss):
 
     def forward(self, output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """Compute the loss; ``weight`` has shape ``[N]``, the others ``[N, C]``."""
-        s = self.root(output - target)
+        s = self.compute_s(output - target)
         return self.reduce(weight * self.delta**2 * (s - 1))
 
 
@@ -582,26 +609,32 @@ for reduction in ["mean", "sum"]:
         weights,
     )
     torch.testing.assert_close(by_backpack, by_witness)
+    print(f"{reduction:>4}: all parameters agree")
 
 # %%
 # And S itself, with its sign, against the principal root:
 
 loss_function = extend(WeightedPseudoHuberLoss(delta, "sum"))
-loss_function(output.requires_grad_(), Y, weights)
+loss_function(output, target, weights)
 module_extension = WeightedPseudoHuberLossDiagGGNExact()
-S = module_extension.backpropagate(None, loss_function, None, None, None)
+S_weighted = module_extension.backpropagate(None, loss_function, None, None, None)
 
-root = weights.sqrt().reshape(N, 1, 1) * principal_root(H)
-torch.testing.assert_close(S, rearrange(root, "n c k -> k n c"))
+expected = weights.sqrt().reshape(N, 1, 1) * principal_root(H)
+torch.testing.assert_close(S_weighted, rearrange(expected, "n c k -> k n c"))
 
 # %%
 # A loss without a formula
 # ------------------------
 # If you have no closed form for S, let ``torch.func`` compute the Hessian of each
 # sample's loss, a small ``[C, C]`` matrix, and take its principal root. This costs
-# more, and works for any convex loss that treats samples separately and whose
-# ``"mean"`` is a mean over samples. ``module.forward`` goes around BackPACK's hooks,
-# which would overwrite the stored inputs.
+# more. It works for any convex loss of two inputs that treats samples separately and
+# whose mean over the batch is the mean of the losses of batches of one.
+# ``module.forward`` goes around BackPACK's hooks, which would overwrite the stored
+# inputs.
+#
+# Rounding can turn an eigenvalue of zero into a small negative number. So the class
+# accepts, in each sample, negative eigenvalues up to ``1e-6`` of the largest, and sets
+# them to zero.
 
 
 class ConvexLossDiagGGNExact(ModuleExtension):
@@ -621,7 +654,7 @@ class ConvexLossDiagGGNExact(ModuleExtension):
         H = hessians(module.input0.detach(), module.input1)
         H = H / len(H) if module.reduction == "mean" else H
         eigenvalues, U = torch.linalg.eigh(H)
-        if eigenvalues.min() < -1e-6 * eigenvalues.abs().max():
+        if (eigenvalues[:, 0] < -1e-6 * eigenvalues.abs().amax(-1)).any():
             raise ValueError(f"Not convex: eigenvalue {eigenvalues.min().item():.4f}")
         return einsum(U, eigenvalues.clamp(0).sqrt(), U, "n c k, n k, n d k -> d n c")
 
@@ -631,12 +664,12 @@ class ConvexLossDiagGGNExact(ModuleExtension):
 # loss for counts, which was unknown in the list above.
 
 loss_function = extend(PseudoHuberLoss(delta, "mean"))
-loss_function(output.requires_grad_(), Y)
-S, S_by_autodiff = (
+loss_function(output, target)
+S_by_formula, S_by_autodiff = (
     extension.backpropagate(None, loss_function, None, None, None)
     for extension in [PseudoHuberLossDiagGGNExact(), ConvexLossDiagGGNExact()]
 )
-torch.testing.assert_close(S_by_autodiff, S)
+torch.testing.assert_close(S_by_autodiff, S_by_formula)
 
 counts = torch.randint(0, 5, (N, C), device=device).to(torch.float64)
 for loss_class, targets in {PseudoHuberLoss: Y, nn.PoissonNLLLoss: counts}.items():
@@ -668,25 +701,26 @@ class CauchyLoss(PseudoHuberLoss):
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Compute the loss, a scalar, for two tensors of shape ``[N, C]``."""
-        return self.reduce(self.delta**2 * self.root(output - target).log())
+        return self.reduce(self.delta**2 * self.compute_s(output - target).log())
 
 
-cauchy_loss = CauchyLoss(delta, "sum")
-H = vmap(jacrev(jacrev(cauchy_loss)))(output.detach(), Y)
+# %%
+# We evaluate it at the residuals from above. The first of them is zero and has no
+# direction, so it is left out of the second comparison.
 
-R = output.detach() - Y
-s = cauchy_loss.root(R)
-outer = einsum(R, R, "n c, n d -> n c d") / (delta * s).square().reshape(N, 1, 1)
-torch.testing.assert_close((identity - 2 * outer) / s.square().reshape(N, 1, 1), H)
+H_cauchy = vmap(jacrev(jacrev(CauchyLoss(delta, "sum"))))(output.detach(), target)
+second_term = 2 * outer / (delta * s).square().reshape(N, 1, 1)
+by_formula = (identity - second_term) / s.square().reshape(N, 1, 1)
+torch.testing.assert_close(by_formula, H_cauchy)
 
-along = einsum(R, H, R, "n c, n c d, n d -> n") / R.square().sum(-1)
-torch.testing.assert_close(along, (2 - s**2) / s**4)
+along = einsum(R, H_cauchy, R, "n c, n c d, n d -> n") / R.square().sum(-1)
+torch.testing.assert_close(along[1:], ((2 - s**2) / s**4)[1:])
 
 # %%
 # The picture shows both losses along a line through the target, and their curvature.
 
 t = torch.linspace(-4, 4, 201)
-size = PseudoHuberLoss(1.0).root(t.unsqueeze(1))
+size = PseudoHuberLoss(1.0).compute_s(t.unsqueeze(1))
 lines = [
     ("pseudo-Huber, convex", size - 1, size**-3),
     ("Cauchy, not convex", size.log(), (2 - size**2) / size**4),
@@ -706,7 +740,7 @@ plt.show()
 
 # %%
 # With a negative eigenvalue there is no real S: :math:`v^\top S S^\top v = \lVert
-# S^\top v \rVert^2` can't be negative. The generic extension says so.
+# S^\top v \rVert^2` cannot be negative. The generic extension says so.
 
 far = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64, device=device)
 model = make_network("last")
@@ -721,9 +755,12 @@ else:
 
 # %%
 # All residuals point along the first entry of the output, at three times
-# :math:`\delta`. What would happen without that test? There are two ways to go on, and
-# both are wrong. One takes the square root of a negative number, which is NaN. The
-# other sets negative eigenvalues to zero.
+# :math:`\delta`, so :math:`s^2 = 10` and the eigenvalue is :math:`(2 - 10) / 10^2 =
+# -0.08`. With ``"mean"`` it is divided by N, which gives the number in the message.
+#
+# What would happen without that test? Two tempting ways to go on do not give
+# :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`. One takes the square root of a
+# negative number, which is NaN. The other sets negative eigenvalues to zero.
 
 
 class WrongRootOfNegative(ModuleExtension):
@@ -733,9 +770,11 @@ class WrongRootOfNegative(ModuleExtension):
         """Return a root of the Hessian with NaN in it, shape ``[C, N, C]``."""
         H = vmap(jacrev(jacrev(module.forward)))(module.input0.detach(), module.input1)
         eigenvalues, U = torch.linalg.eigh(H / len(H))
-        return einsum(U, self.root(eigenvalues), U, "n c k, n k, n d k -> d n c")
+        return einsum(
+            U, self.square_roots(eigenvalues), U, "n c k, n k, n d k -> d n c"
+        )
 
-    def root(self, eigenvalues: Tensor) -> Tensor:
+    def square_roots(self, eigenvalues: Tensor) -> Tensor:
         """Return the square roots of ``eigenvalues``, same shape."""
         return eigenvalues.sqrt()
 
@@ -743,7 +782,7 @@ class WrongRootOfNegative(ModuleExtension):
 class WrongClampedRoot(WrongRootOfNegative):
     """Wrong on purpose: sets negative eigenvalues to zero."""
 
-    def root(self, eigenvalues: Tensor) -> Tensor:
+    def square_roots(self, eigenvalues: Tensor) -> Tensor:
         """Return the square roots of the positive part, same shape."""
         return eigenvalues.clamp(0).sqrt()
 
@@ -784,10 +823,11 @@ torch.testing.assert_close(clamped, expected)
 # :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` in float64, at the default tolerance
 # of ``torch.testing.assert_close``, with the scale module first, in the middle and
 # last; so it does with weights for the samples, and with S by automatic
-# differentiation, also for ``nn.PoissonNLLLoss``. V at the network's input agrees with
-# the VJPs of S, sign included. ``BatchGrad`` needs no extension for the loss. A loss
-# that is no ``_Loss`` raises. For a loss that is not convex, both ways to go on were
-# shown to be wrong.
+# differentiation, also for ``nn.PoissonNLLLoss``. S and the scale module's V were
+# compared with their signs. A Cholesky factor serves as well as S, and with swapped
+# axes it fails. ``BatchGrad`` needs no extension for the loss. A loss that is not a
+# ``_Loss`` raises. For a loss that is not convex, neither way to go on gives
+# :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
 #
 # **Next:** `The contract, and what breaks it <5_contract_and_traps.html>`__ collects
 # what BackPACK expects of an extension, and what happens if it does not get it.
