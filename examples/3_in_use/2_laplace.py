@@ -561,10 +561,10 @@ print(f"Jacobians: {list(jacobians(X).shape)}")
 
 # %%
 # What remains is the mean of the softmax over Gaussian logits. There is a well-known
-# short cut: divide each logit by :math:`\sqrt{1 + \pi \Sigma_{cc} / 8}`, then take the
+# shortcut: divide each logit by :math:`\sqrt{1 + \pi \Sigma_{cc} / 8}`, then take the
 # softmax (the probit approximation). With more than two classes it has a flaw. Suppose
 # that the logits are uncertain only in a number that is added to all of them. Softmax
-# does not depend on such a number. The short cut still thinks that it matters.
+# does not depend on such a number. The shortcut still thinks that it matters.
 
 f = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64, device=device)
 shared_variance = 9.0 * torch.ones(C, C, dtype=torch.float64, device=device)
@@ -574,7 +574,7 @@ by_samples = samples.softmax(1).mean(0)
 by_short_cut = (f / (1 + math.pi / 8 * shared_variance.diag()).sqrt()).softmax(0)
 torch.testing.assert_close(by_samples, f.softmax(0))
 print(f"softmax {f.softmax(0)[0]:.3f}, samples {by_samples[0]:.3f}", end=", ")
-print(f"short cut {by_short_cut[0]:.3f}")
+print(f"shortcut {by_short_cut[0]:.3f}")
 
 # %%
 # So we sample logits, which needs no more than C numbers for each sample, from the full
