@@ -19,8 +19,9 @@ html: venv  ## Build the site, running every page that changed
 	@# A build that failed or was killed must not hide its warnings from the next one,
 	@# which therefore reads all pages again (without running them).
 	@if [ -n "$(STALE)" ] || [ ! -e $(BUILD)/succeeded ]; then \
-	rm -rf $(STALE) $(BUILD)/doctrees && find docs/gallery -name '*.new' -delete; fi
-	@rm -rf $(BUILD)/succeeded $(BUILD)/html
+	rm -rf $(STALE) $(BUILD)/doctrees $(BUILD)/html \
+	&& find docs/gallery -name '*.new' -delete; fi
+	@rm -f $(BUILD)/succeeded
 	$(SPHINX) -c . -d $(BUILD)/doctrees docs $(BUILD)/html || { rm -rf $(BUILD)/html; \
 	echo "No site was built. Mend what is named above, then run the same again."; exit 1; }
 	@touch $(BUILD)/succeeded
