@@ -11,7 +11,8 @@ Survey
 Hunt
     The page runs again. When a class is defined, the process forks once for each of
     its mutants; the copy breaks its method and runs the rest of the page. So what
-    stands before the class runs only once.
+    stands before a class runs only once, and what stands after the last one only in
+    the copies.
 """
 
 import contextlib
@@ -44,6 +45,10 @@ WORKERS = 2  # mutants that run at the same time
 
 class NotHereError(Exception):
     """This mutant can't be made of this call."""
+
+
+class AllStarted(BaseException):  # noqa: N818
+    """A process has been forked for the last mutant: no need to run on."""
 
 
 class Call:
@@ -607,6 +612,8 @@ def hunt(page: Path, mutants: dict[str, list[str]], seconds: float) -> Outcome:
                     break
         if me and me[0][0] == key:
             break_method(cls, name, me[0][1])
+        if not me and not todo:
+            raise AllStarted
 
     def wait() -> None:
         pid, status = os.wait()
@@ -624,7 +631,10 @@ def hunt(page: Path, mutants: dict[str, list[str]], seconds: float) -> Outcome:
         Watcher(page, found)
         failure = None
         try:
-            execute(page.read_text(), page)
+            if todo:
+                execute(page.read_text(), page)
+        except AllStarted:
+            pass
         except BaseException as error:
             if not isinstance(error, SystemExit) or error.code not in (None, 0):
                 failure = error

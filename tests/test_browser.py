@@ -207,7 +207,7 @@ def test_links(page, address, site):
 
 def test_next_walks_through_all_pages_in_reading_order(page, address):
     """Follow "Next" from home to the end, then "Previous" back to home."""
-    expected = [*READING_ORDER, *reversed(READING_ORDER[:-1])]
+    expected = [*READING_ORDER, *reversed(READING_ORDER)]
     walked = []
     for button in ["a.right-next", "a.left-prev"]:
         while page.locator(button).count():
