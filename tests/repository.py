@@ -1,5 +1,6 @@
 """Copies of the repository in which the tests can build, break and repair the site."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -114,13 +115,4 @@ class Repository:
 
 def title_of(source: str) -> str:
     """Return the title of a page: the first line of its docstring."""
-    import ast
-
     return ast.get_docstring(ast.parse(source)).splitlines()[0]
-
-
-def ran(output: str) -> list[str]:
-    """Return the names of the pages that a build ran."""
-    import re
-
-    return re.findall(r"generating gallery for .*|(\w+)\.py", output)

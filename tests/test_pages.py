@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pages
 import pytest
 from pages import ENVIRONMENT, PAGES, WARNINGS, name_of
+from repository import title_of
 
 SEED = "torch.manual_seed(0)"
 SEEDS = range(1, 1 + int(os.environ.get("SEEDS", 3)))  # twenty every week
@@ -76,11 +77,6 @@ def test_titles_are_unique():
     """No two pages have the same title."""
     titles = Counter(title_of(page.read_text()) for page in PAGES)
     assert [title for title, count in titles.items() if count > 1] == []
-
-
-def title_of(source: str) -> str:
-    """Return the first line of a page's docstring."""
-    return ast.get_docstring(ast.parse(source)).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------
