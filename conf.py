@@ -1,15 +1,18 @@
 """Sphinx configuration; the Makefile says how it is called."""
 
 import contextlib
+import os
 import re
 import sys
 import warnings
 from importlib import metadata, util
 from pathlib import Path
+from urllib.parse import urljoin
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from docutils import nodes
 from PIL import Image
+from sphinx.addnodes import download_reference
 from sphinx.ext.intersphinx import InventoryAdapter
 
 ROOT = Path(__file__).parent
@@ -28,6 +31,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
+    "sphinxext.opengraph",
 ]
 
 # -- The pages, run by Sphinx-Gallery ---------------------------------------------
@@ -136,6 +140,14 @@ exclude_patterns += [
     "mathjax/output/svg",
 ]
 
+# The one value that says where this is published: "owner/name" of a repository whose
+# branch gh-pages holds the site. GitHub's workflows set it. Without it, there are no
+# buttons that open Colab, and the addresses in previews and sitemap are relative.
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY", "")
+html_baseurl = REPOSITORY and "https://{}.github.io/{}/".format(*REPOSITORY.split("/"))
+ogp_site_url = html_baseurl
+ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image" />']
+
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["docs/_static", str(MATHJAX)]
@@ -159,6 +171,7 @@ html_theme_options = {
 }
 html_context = {
     "default_mode": "auto",  # as the reader's system: light or dark
+    "repository": REPOSITORY,
     "run_with": f"torch {metadata.version('torch')} and BackPACK "
     + metadata.version("backpack-for-pytorch"),
     "reading_order": [
@@ -170,15 +183,40 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
+def describe_page(app, pagename, templatename, context, doctree):
+    """Tell templates where the notebook is, and link previews which figure to show."""
+    if not doctree:
+        return
+    figure, of = "3_ggn_derivation", "The GGN and its diagonal, derived"
+    if pagename in html_context["reading_order"]:
+        figure, of = pagename.split("/")[-1], context["title"]
+        downloads = [n["filename"] for n in doctree.findall(download_reference)]
+        [notebook] = [path for path in downloads if path.endswith(".ipynb")]
+        context["notebook"] = f"_downloads/{notebook}"
+    image = f"_images/sphx_glr_{figure}_001_2_00x.png"
+    context["meta"] = {
+        **(context["meta"] or {}),
+        "og:image": REPOSITORY and html_baseurl + image or context["pathto"](image, 1),
+        "og:image:alt": f"A figure of the page: {of}",
+    }
+
+
+def link_notebook(text, stem):
+    """Let the links of a notebook lead to the site or, if it has none, to notebooks."""
+    if html_baseurl:
+        [page] = [p for p in html_context["reading_order"] if p.endswith(f"/{stem}")]
+        here = f"{html_baseurl}{page}.html"
+        link = r"\]\(([\w./]+\.html(?:#[\w-]+)?|#[\w-]+)\)"
+        return re.sub(link, lambda match: f"]({urljoin(here, match[1])})", text)
+    text = re.sub(r"\[([^]]*)\]\(#[\w-]+\)", r"\1", text)
+    return re.sub(r"\]\(([\w./]+)\.html(#[\w-]+)?\)", r"](\1.ipynb)", text)
+
+
 def finish_site(app, exception):
-    """Link notebooks to notebooks, give all zips one date, drop what no page loads."""
-
-    def to_notebooks(text):
-        return re.sub(r"\]\(([\w./]+)\.html(#[\w-]+)?\)", r"](\1.ipynb)", text)
-
+    """Link the notebooks, give all zips one date, drop what no page loads."""
     for path in Path(app.outdir).glob("_downloads/*/*"):
         if path.suffix == ".ipynb":
-            path.write_text(to_notebooks(path.read_text()))
+            path.write_text(link_notebook(path.read_text(), path.stem))
         if path.suffix == ".zip":
             with ZipFile(path) as old:
                 files = {info: old.read(info).decode() for info in old.infolist()}
@@ -186,11 +224,22 @@ def finish_site(app, exception):
                 for info in sorted(files, key=lambda info: info.filename):
                     info.date_time = (1980, 1, 1, 0, 0, 0)
                     info.compress_type = ZIP_DEFLATED
-                    is_notebook = info.filename.endswith(".ipynb")
-                    text = files[info]
-                    new.writestr(info, to_notebooks(text) if is_notebook else text)
+                    text, name = files[info], Path(info.filename)
+                    is_notebook = name.suffix == ".ipynb"
+                    new.writestr(
+                        info, link_notebook(text, name.stem) if is_notebook else text
+                    )
     for path in Path(app.outdir).glob("_static/*/*.map"):  # only debuggers ask for it
         path.unlink()
+    if app.builder.name == "html" and not exception:
+        urls = "".join(
+            f"<url><loc>{html_baseurl}{app.builder.get_target_uri(name)}</loc></url>\n"
+            for name in sorted(app.env.found_docs)
+        )
+        Path(app.outdir, "sitemap.xml").write_text(
+            '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns='
+            f'"http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
+        )
 
 
 def describe_thumbnails(app, doctree, docname):
@@ -203,5 +252,6 @@ def describe_thumbnails(app, doctree, docname):
 
 def setup(app):
     app.connect("builder-inited", visit_inventories, priority=900)
+    app.connect("html-page-context", describe_page, priority=400)
     app.connect("doctree-resolved", describe_thumbnails)
     app.connect("build-finished", finish_site)

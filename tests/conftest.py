@@ -1,5 +1,6 @@
 """What all tests share: progress lines, the summary, and one build of the site."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -10,8 +11,17 @@ from repository import Repository
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Let ``pages.progress`` write to the terminal, past what pytest captures."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    pages.TERMINAL.append(reporter.write_line)
+    plugins = session.config.pluginmanager
+    reporter = plugins.get_plugin("terminalreporter")
+    capture = plugins.get_plugin("capturemanager")
+    start, one_at_a_time = time.monotonic(), threading.Lock()
+
+    def show(text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - start), 60)
+        with one_at_a_time, capture.global_and_fixture_disabled():
+            reporter.write_line(f"{minutes:4}:{seconds:02}  {text}")
+
+    pages.TERMINAL.append(show)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,14 +2,19 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from pages import ENVIRONMENT, PAGES, ROOT
 
-# A build that reaches for the network or for the home folder shall fail: all of its
-# traffic goes to a port where no one listens, and its home is not even a folder.
+# A build that reaches for the network or for the home folder shall fail. If the machine
+# allows it, the build runs where there is no network; in any case its requests go to a
+# port where no one listens. Its home is not even a folder.
+WITHOUT_NETWORK = ["unshare", "--map-root-user", "--net"]
+if not shutil.which("unshare") or subprocess.call([*WITHOUT_NETWORK, "true"]):
+    WITHOUT_NETWORK = []
 NO_WHERE = "http://127.0.0.1:9"
 ISOLATED = {
     **ENVIRONMENT,
@@ -23,6 +28,7 @@ ISOLATED = {
 }
 for variable in ("MAKEFLAGS", "MFLAGS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
     ISOLATED.pop(variable, None)
+ISOLATED.pop("GITHUB_REPOSITORY", None)  # see conf.py
 
 # Stands in for Python where the Makefile makes the environment: it is there already.
 PYTHON = """#!/bin/sh
@@ -92,7 +98,7 @@ class Repository:
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command for a target of the Makefile."""
-        return ["make", f"PYTHON={self['python']}", *arguments]
+        return [*WITHOUT_NETWORK, "make", f"PYTHON={self['python']}", *arguments]
 
     def make(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         """Run a target; output and errors come back together as ``stdout``."""

@@ -5,17 +5,21 @@ use stubs, pages with the right names and titles that take no time.
 """
 
 import ast
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import time
+from urllib.parse import urljoin
+from xml.etree import ElementTree
 
 import pages
 import pytest
-from pages import PAGES, name_of
-from repository import ISOLATED, Repository
+from bs4 import BeautifulSoup
+from pages import PAGES, ROOT, name_of
+from repository import ISOLATED, Repository, title_of
 from test_pages import MEASURED
 
 # A page's run time stands at its end. It differs from build to build.
@@ -171,6 +175,40 @@ def test_renamed_page_leaves_nothing_behind(stubs):
     good_build(stubs)
 
 
+def test_published_address(stubs):
+    """One value, the repository, puts addresses and launch buttons into the site."""
+    for repository in ["someone/layers", ""]:
+        home = "https://someone.github.io/layers/" if repository else ""
+        build = stubs.make("html", GITHUB_REPOSITORY=repository)
+        assert build.returncode == 0, build.stdout[-3000:]
+        files = [p.relative_to(stubs.html) for p in stubs.html.rglob("*.html")]
+        files = [
+            f for f in files if f.parts[0] != "_static" and f.name != "search.html"
+        ]
+        sitemap = ElementTree.parse(stubs.html / "sitemap.xml").getroot()
+        listed = sorted(location.text for location in sitemap.findall(".//{*}loc"))
+        assert listed == sorted(f"{home}{file}" for file in files)
+        for file in files:
+            soup = BeautifulSoup((stubs.html / file).read_text(), "html.parser")
+            about = {
+                m.get("property"): m["content"] for m in soup.select("meta[content]")
+            }
+            assert about["og:title"] in soup.title.text
+            assert len(about["og:description"]) > 40
+            image = urljoin(f"{home}{file}", about["og:image"])
+            assert (stubs.html / image.removeprefix(home)).is_file(), image
+            buttons = [a["href"] for a in soup.select("a.launch")]
+            is_page = len(file.parts) == 3 and file.name != "index.html"
+            assert len(buttons) == (is_page and bool(repository))
+            for href in buttons:
+                place = "https://colab.research.google.com/github/someone/layers/blob/"
+                notebook = stubs.html / href.removeprefix(f"{place}gh-pages/")
+                assert notebook.stem == file.stem
+                first, *_ = json.loads(notebook.read_text())["cells"]
+                for line in (ROOT / "requirements.txt").read_text().splitlines()[1:5]:
+                    assert line in "".join(first["source"])
+
+
 # ---------------------------------------------------------------------------
 # Stubs: what makes it fail
 # ---------------------------------------------------------------------------
@@ -211,6 +249,36 @@ def test_sphinx_warning_fails_the_build(stubs):
         assert "no_such_page" in build.stdout
     index.write_text(text)
     good_build(stubs, 0)
+
+
+def test_missing_inventory_fails_the_build(stubs):
+    """If the names of a library can't be read, the build fails and says so."""
+    inventory = stubs["docs/inventories/torch.txt"]
+    aside = inventory.rename(inventory.with_suffix(".aside"))
+    build = stubs.make("html")
+    assert build.returncode != 0
+    assert "inventories/torch.txt" in build.stdout
+    aside.rename(inventory)
+    good_build(stubs)
+
+
+def test_unconventional_pages_fail_the_tests(stubs):
+    """A page without a figure, one without a check, one with the title of another."""
+    edits = [("plt.show()", ""), ("torch.testing.assert_close", "torch.equal")]
+    edits.append((title_of(PAGES[2].read_text()), title_of(PAGES[3].read_text())))
+    texts = {stubs.page(page): stubs.page(page).read_text() for page in PAGES[:3]}
+    for (path, text), (old, new) in zip(texts.items(), edits, strict=True):
+        path.write_text(text.replace(old, new))
+    result = stubs.make("test", "T=pages", PYTEST_ADDOPTS="-k 'conventions or titles'")
+    assert result.returncode != 0
+    for test, fault in [
+        (name_of(PAGES[0]), "no figure"),
+        (name_of(PAGES[1]), "no check with torch.testing.assert_close"),
+        ("test_titles_are_unique", edits[2][1]),
+    ]:
+        assert re.search(rf"(?s)_ .*{test}.* _.*{re.escape(fault)}", result.stdout)
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 def test_killed_build(stubs):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pages
 import pytest
-from pages import ENVIRONMENT, PAGES, WARNINGS, name_of
+from pages import ENVIRONMENT, PAGES, ROOT, WARNINGS, name_of
 from repository import title_of
 
 SEED = "torch.manual_seed(0)"
@@ -76,7 +76,25 @@ def test_conventions_notice_faults():
 def test_titles_are_unique():
     """No two pages have the same title."""
     titles = Counter(title_of(page.read_text()) for page in PAGES)
-    assert [title for title, count in titles.items() if count > 1] == []
+    twice = [title for title, count in titles.items() if count > 1]
+    assert not twice, f"more than one page has the title {twice}"
+
+
+def test_bibliography():
+    """Each paper that a page links stands on "How to cite", with all of its pages."""
+    text = (ROOT / "docs" / "bibliography.rst").read_text()
+    listed = {
+        (paper, page)
+        for paper, places in re.findall(r"(?s)(arxiv\.org/abs/[\d.]+)(.*?)\n\n", text)
+        for page in re.findall(r":doc:`gallery/(.*?)`", places)
+        or ("All pages" in places) * [name_of(page) for page in PAGES]
+    }
+    linked = {
+        (paper, name_of(page))
+        for page in PAGES
+        for paper in re.findall(r"arxiv\.org/abs/[\d.]+", page.read_text())
+    }
+    assert listed == linked
 
 
 # ---------------------------------------------------------------------------
