@@ -233,7 +233,7 @@ class RMSNormBatchGrad(FirstOrderModuleExtension):
         self,
         ext: BatchGrad,
         module: RMSNorm,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         bp: None,
     ) -> Tensor:
@@ -291,6 +291,9 @@ def make_batch_grad(
 #
 # Mind the order of sums and square. The sum over **t** belongs to the VJP of one sample
 # and comes before the square. The sums over **n** and **c** come after it.
+#
+# (For the scale module the input had to come first in the ``einsum``, for speed. With
+# the axis ``d`` in the result this is not so.)
 
 
 class RMSNormDiagGGNExact(ModuleExtension):
@@ -304,7 +307,7 @@ class RMSNormDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: RMSNorm,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -330,6 +333,10 @@ class RMSNormDiagGGNExact(ModuleExtension):
         U, rms = normalize(module.input0, module.eps)
         wV = module.weight * V_out
         return (wV - U * (wV * U).mean(-1, keepdim=True)) / rms
+
+
+# %%
+# Its factory takes the same two arguments.
 
 
 def make_diag_ggn(
@@ -553,13 +560,13 @@ class TellingDiagGGNExact(RMSNormDiagGGNExact):
 
 # %%
 # 1. ``Flatten``, then a linear layer: C columns.
-# 2. ``Flatten`` alone: all entries of a sample are logits, as many columns arrive.
+# 2. ``Flatten`` alone: all entries of a sample are logits, ``T * hidden`` columns.
 # 3. One prediction per step: PyTorch wants logits ``[N, C, T]`` and targets ``[N, T]``.
-#    BackPACK's own ``Permute`` swaps the axes. Again there are ``T * C`` columns.
+#    BackPACK's own ``Permute`` swaps the axes. There are ``T * C`` columns.
 #
-# In the first two the norm has 7 features here, so that the axes can be told apart: C
-# is 4, N is 6, T is 3. Each way is checked against the witnesses, as above, which makes
-# two passes.
+# In the first two the norm has ``hidden`` = 7 features, so that the axes can be told
+# apart: C is 4, N is 6, T is 3. ``check`` makes two passes, so each shape is printed
+# twice.
 
 per_step_targets = torch.randint(C, (N, T), device=device)
 
@@ -673,9 +680,8 @@ else:
 
 # %%
 # So we register the subclass. In its extensions ``weight`` and ``backpropagate`` are
-# inherited. The check compares every parameter
-# that it finds. Its last run asks for three samples, which is why ``grad_batch`` has
-# three rows in the end.
+# inherited. The last run of ``check`` asks for three samples, which is why
+# ``grad_batch`` has three rows in the end.
 
 both_parameters = [
     RMSNormWithBias,
@@ -704,8 +710,9 @@ for name, parameter in model[1].named_parameters():
 # - use only operations that ``torch.func`` supports.
 #
 # One obstacle: the layer is extended, so calling it runs BackPACK's hooks, which would
-# overwrite the stored input. A wrapper calls the layer's ``forward`` and so goes around
-# the hooks.
+# overwrite the stored input. ``forward`` goes around the hooks, but
+# ``functional_call``, which we need below, calls a module as a whole. So we give it a
+# wrapper that calls ``forward``.
 
 
 class WithoutHooks(nn.Module):
@@ -918,7 +925,7 @@ def ratio(formula: Callable[[], object], autodiff: Callable[[], object]) -> str:
 
 
 # %%
-# All get all arguments, and each method uses those that it needs.
+# One tuple of arguments serves all methods; each uses those that it needs.
 
 V = torch.randn(10, 16, 8, 32, device=device)  # columns, samples, steps, features
 layer = extend(RMSNorm(32).to(device))
@@ -938,8 +945,11 @@ for extension, pair, name in [
     print(f"N = 16  {type(extension).__name__:12} {name:13}  {result}")
 
 # %%
-# Autodiff runs the layer's forward pass again for each product, so it is slower. It is
-# a good first version of an extension all the same: within its limits it is right if
+# Autodiff pays for the forward pass and for setting up ``vjp`` and ``vmap``, much the
+# same for each method. So the ratio is large where the formula takes little time. It
+# falls where the products with V take most of it, as in large layers.
+#
+# Autodiff makes a good first version of an extension: within its limits it is right if
 # the forward pass is. And it is the witness for the formula that you write afterwards,
 # if you need the speed.
 #

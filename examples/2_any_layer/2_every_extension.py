@@ -141,9 +141,9 @@ class ScaleModule(nn.Module):
 # .. math::
 #     \mathrm{J}_x z_n = w I_D, \qquad \mathrm{J}_w z_n = x_n .
 #
-# All extensions together ask for five products and one fact. Here :math:`v` stands for
-# something like the layer's output, :math:`u` for something like what it is a
-# derivative with respect to, the input or the parameter.
+# All extensions together ask for five products and one fact. Here :math:`v` is a vector
+# with the shape of the layer's output, and :math:`u` one with the shape of the input or
+# the parameter.
 #
 # - ``_jac_t_mat_prod``: :math:`\mathrm{J}_x^\top v`, back through the layer;
 # - ``_weight_jac_t_mat_prod``: :math:`\mathrm{J}_w^\top v`, to the parameter;
@@ -188,7 +188,7 @@ class ScaleModuleDerivatives(BaseParameterDerivatives):
     ) -> Tensor:
         """Multiply by J_w^T: ``[K, N, *]`` to ``[K, N, 1]`` or ``[K, 1]``."""
         X = subsample(module.input0, subsampling=subsampling)
-        product = einsum(mat, X, "k n ..., n ... -> k n").unsqueeze(-1)
+        product = einsum(X, mat, "n ..., k n ... -> k n").unsqueeze(-1)
         return product.sum(1) if sum_batch else product
 
     def _weight_jac_mat_prod(self, module, g_inp, g_out, mat) -> Tensor:
@@ -572,13 +572,18 @@ def make_network(kind: str, activation: type[nn.Module] = nn.Tanh) -> nn.Sequent
     return nn.Sequential(*layers).to(**options)
 
 
-names = {"[N, D]": ["0.bias", "1.weight", "3.weight"]}
-names |= {"[N, T, D]": ["0.weight", "1.weight"]}
+names = {
+    "[N, D]": ["0.bias", "1.weight", "3.weight"],
+    "[N, T, D]": ["0.weight", "1.weight"],
+}
+
+# %%
+# A ``Case`` holds a network with its data. ``witness`` and ``S`` are filled in below.
 
 
 @dataclass
 class Case:
-    """A network, its data, and what we learn about it below."""
+    """A network, its data, and the right results for it."""
 
     kind: str
     reduction: str
@@ -672,6 +677,10 @@ def ask_autodiff(case: Case, name: str) -> Witness:
     return Witness(g, J, ggn, H)
 
 
+# %%
+# Both networks, with both reductions, make four cases.
+
+
 def make_case(kind: str, reduction: str, activation=nn.Tanh, samples: int = N) -> Case:
     """Build a network and data, and ask autodiff about its parameters."""
     X = torch.randn(samples, *{"[N, D]": (D,), "[N, T, D]": (T, D)}[kind], **options)
@@ -762,8 +771,9 @@ if not asked.any(0).all():
 # %%
 # First order needs only :math:`\mathrm{J}_w^\top`; the GGN, KFAC and KFLR also
 # :math:`\mathrm{J}_x^\top`; the Hessian diagonal adds ``hessian_is_zero``. ``KFRA`` and
-# ``HBP`` replace :math:`\mathrm{J}_x^\top` by the average and ask for
-# :math:`\mathrm{J}_w`; the matrix products ask for both ways forward.
+# ``HBP`` replace :math:`\mathrm{J}_x^\top` by the average and add
+# :math:`\mathrm{J}_w`; the matrix products need all four products with one Jacobian.
+# Of these five, all but ``GGNMP`` also ask ``hessian_is_zero``.
 
 transposed = {"_jac_t_mat_prod", "_weight_jac_t_mat_prod"}
 others = [i for i, method in enumerate(methods) if method not in transposed]
@@ -816,7 +826,7 @@ check(BatchGrad, lambda *a: gradients(*a)[subset], subsampling=subset)
 # .. note::
 #     With ``"mean"``, squares carry :math:`1/N^2`. So ``Variance`` is **not** the
 #     variance of the samples' own gradients :math:`N g_n`; it is smaller by
-#     :math:`1/N^2`. Use ``"sum"``, or multiply.
+#     the factor :math:`N^2`. Use ``"sum"``, or multiply by it.
 
 case = cases[0]
 variance = run(case, make_extension(Variance))["1.weight"]
@@ -949,6 +959,9 @@ check(SqrtGGNMC, V_of_subset, subsampling=subset, **mc)
 # noise also lets mistakes through. But the error of an unbiased mean of M independent
 # samples falls as :math:`1/\sqrt{M}`, without end: with logarithmic axes, a line with
 # slope :math:`-1/2`. The error of a wrong extension stops falling.
+#
+# ``to_ggn`` turns each result into an estimate of the same number: the GGN of a scale
+# weight, summed over the batch.
 
 sample_counts, repeats = [1, 8, 64, 512], 40
 
@@ -982,15 +995,17 @@ def mc_errors(case: Case, name: str, derivatives=None, classes=to_ggn) -> dict:
     return dict(zip(classes, errors.square().mean(-1).sqrt(), strict=True))
 
 
+# %%
+# A least-squares fit gives the slope. It is noisy itself. We allow 0.15, several times
+# its scatter over seeds.
+
+
 def slope(errors: Tensor) -> Tensor:
     """Fit the slope of ``errors`` over ``sample_counts``, both logarithmic."""
     x = torch.tensor(sample_counts).log()
     x = x - x.mean()
     return (x * errors.log()).sum() / x.square().sum()
 
-
-# %%
-# The fitted slope is noisy itself. We allow 0.15, several times its scatter over seeds.
 
 errors = mc_errors(cases[1], "1.weight")
 for extension_class, rms in errors.items():
@@ -1102,7 +1117,28 @@ print(f"by autodiff {(results[DiagHessian] + missing).item():.4f}")
 # ``HBP`` adds, at each layer, the second derivatives of that layer weighted
 # with the gradient of its output and summed over the batch (only the products with
 # Jacobians are averaged). The witness takes the same steps with Jacobians and
-# Hessians from ``torch.func``, layer by layer.
+# Hessians from ``torch.func``, layer by layer. For these it needs each layer as a
+# function of one flat sample and of the layer's parameters.
+
+
+def flat_function(layer: nn.Module, shape: torch.Size) -> Callable:
+    """Return ``layer`` as a function of a flat sample and a dict of parameters.
+
+    Args:
+        layer: The layer.
+        shape: Shape of one sample.
+    """
+
+    def call(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        X = x.reshape(1, *shape)
+        return functional_call(layer, parameters, X).flatten()
+
+    return call
+
+
+# %%
+# The loop goes from the last layer to the first. ``deltas`` holds the gradients of the
+# loss with respect to the layers' outputs.
 
 
 def averaged_blocks(case: Case, with_residual: bool) -> dict:
@@ -1127,22 +1163,15 @@ def averaged_blocks(case: Case, with_residual: bool) -> dict:
     blocks = {}
     for i, layer in reversed(list(enumerate(case.model))):
         x, delta = values[i].detach().flatten(1), deltas[i].flatten(1)
+        call = flat_function(layer, values[i].shape[1:])
         parameters = {n: p.detach() for n, p in layer.named_parameters() if p.ndim == 1}
-
-        # The defaults hold this layer's values; without them Python would look the
-        # names up at the call, as the loop has left them.
-        def call(x, parameters, layer=layer, shape=(1, *values[i].shape[1:])):
-            return functional_call(layer, parameters, x.reshape(shape)).flatten()
-
-        def weighted(x, delta, call=call):
-            return call(x, {}) @ delta
-
         if parameters:
             J = vmap(jacrev(call, argnums=1), (0, None))(x, parameters)
             blocks |= {f"{i}.{name}": average(J[name]) for name in J}
         H = average(vmap(jacrev(call), (0, None))(x, {}))
         if with_residual:
-            H = H + vmap(hessian(weighted))(x, delta).sum(0)
+            second = vmap(hessian(call), (0, None))(x, {})
+            H = H + einsum(delta, second, "n k, n k i j -> i j")
     return blocks
 
 
@@ -1151,8 +1180,8 @@ check(HBP, lambda case, name: averaged_blocks(case, with_residual=True)[name])
 
 # %%
 # These are approximations: an average of products was replaced by a product of
-# averages. We can see how far they are from the GGN and the Hessian. With one sample
-# there is nothing to average, and they are exact.
+# averages. We look at how far KFRA is from the GGN. With one sample there is nothing to
+# average, and both are exact: KFRA is the GGN, and HBP the Hessian.
 
 kfra = run(cases[0], make_extension(KFRA))["1.weight"][0]
 ggn = cases[0].witness["1.weight"].ggn.sum(0)
@@ -1169,8 +1198,8 @@ check(HBP, lambda case, name: case.witness[name].hessian.sum(0), single)
 # block. It also takes their negatives, because a product must keep the sign. ``PCHMP``
 # makes the second derivatives of the layers positive: ``modify="clip"``, the default,
 # sets negative ones to zero, ``modify="abs"`` takes absolute values. With ``ReLU`` all
-# of them are zero, and the result must be the GGN. (We test it with nothing else; the
-# last part of this page says why.)
+# of them are zero, and the result must be the GGN. (We test it with nothing else;
+# *What cannot be had*, below, says why.)
 
 relu_cases = [make_case(kind, r, nn.ReLU) for kind in names for r in ["mean", "sum"]]
 
@@ -1241,7 +1270,9 @@ print(message_of(NotImplementedError, lambda: run(case, make_extension(KFLR))))
 
 # %%
 # **The diagonal of the Hessian and HBP** know second derivatives of elementwise layers
-# only. A layer that is nonlinear in its input and not elementwise is refused.
+# only. A layer that is nonlinear in its input and not elementwise is refused. (If
+# ``hessian_is_zero`` says no, BackPACK asks the class for ``hessian_is_diagonal``,
+# which is true of elementwise layers.)
 
 curved = ScaleModuleDerivatives()
 curved.hessian_is_zero = curved.hessian_is_diagonal = lambda module: False

@@ -40,7 +40,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # %%
 # The layer and its extensions
 # ----------------------------
-# These are the classes of Part 1.
+# The layer is that of Part 1.
 
 
 class ScaleModule(nn.Module):
@@ -58,6 +58,10 @@ class ScaleModule(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Scale ``X`` of shape ``[N, *]``; the result has the same shape."""
         return self.weight * X
+
+
+# %%
+# So are its extensions, for first and for second order.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):
@@ -153,9 +157,10 @@ two_paths = V_z + jacrev(inner)(x).T @ (alpha * V_z)
 torch.testing.assert_close(two_paths, J.T @ V_z)
 
 # %%
-# The picture shows the block as a computation graph.
+# The picture shows the block as a computation graph: tensors, layers and the sum,
+# joined by gray lines. The scale module is purple. (This code and the next only draw.
+# You can skip them.)
 
-fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
 style = {"ha": "center", "va": "center"}
 places = {
     "$x$": (0, 0),
@@ -165,26 +170,38 @@ places = {
     "+": (6, 0),
     "$z$": (7.3, 0),
 }
-for text, place in places.items():
-    shape = "circle" if text in ["$x$", "$z$", "+"] else "round"
-    color = "C4" if text.startswith("scale") else "0.3"
-    box = {"boxstyle": f"{shape},pad=0.4", "fc": "white", "ec": color}
-    ax.text(*place, text, bbox=box, zorder=3, **style)
-
 paths = [
     [(0, 0), (0.5, 0.9), (5.3, 0.9), (6, 0)],
     [(0, 0), (0.5, -0.9), (5.3, -0.9), (6, 0)],
     [(6, 0), (7.3, 0)],
 ]
-for path in paths:
-    for start, end in zip(path[:-1], path[1:], strict=True):
-        ax.plot(*zip(start, end, strict=True), color="0.8", linewidth=6, zorder=1)
 
+
+def draw_block(ax: plt.Axes):
+    """Draw boxes and lines into ``ax``."""
+    for text, place in places.items():
+        shape = "circle" if text in ["$x$", "$z$", "+"] else "round"
+        color = "C4" if text.startswith("scale") else "0.3"
+        box = {"boxstyle": f"{shape},pad=0.4", "fc": "white", "ec": color}
+        ax.text(*place, text, bbox=box, zorder=3, **style)
+    for path in paths:
+        ax.plot(*zip(*path, strict=True), color="0.8", linewidth=6, zorder=1)
+
+
+# %%
+# Arrows along the lines point to the right for the data, and to the left for V. At the
+# sum, V goes into both branches: the two terms of the formula. At :math:`x` they are
+# added.
+
+fig, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
+draw_block(ax)
 arrow = {"arrowstyle": "->", "linewidth": 1.6}
 for text, (tip, tail), color in [
     ("", [(6.9, 0.13), (6.35, 0.13)], "C0"),
+    ("", [(5.3, 1.03), (4.5, 1.03)], "C0"),
     ("", [(3.5, 1.03), (2.3, 1.03)], "C0"),
     ("", [(1.7, 1.03), (0.6, 1.03)], "C0"),
+    ("", [(5.3, -0.77), (3.6, -0.77)], "C0"),
     ("", [(2.4, -0.77), (0.6, -0.77)], "C0"),
     ("$V_z$", [(6.35, -0.13), (6.9, -0.13)], "C2"),
     ("$V_z$", [(4.5, 0.77), (5.3, 0.77)], "C2"),

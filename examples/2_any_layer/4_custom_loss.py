@@ -126,8 +126,8 @@ for loss_class in [
 # First order needs nothing
 # -------------------------
 # Individual gradients need no help from the loss: PyTorch brings the gradient to the
-# network's output, and from there on the layers work. These are the scale module and
-# its extensions from Part 1.
+# network's output, and from there on the layers work. The network will hold the scale
+# module from Part 1.
 
 
 class ScaleModule(nn.Module):
@@ -145,6 +145,10 @@ class ScaleModule(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Scale ``X`` of shape ``[N, *]``; the result has the same shape."""
         return self.weight * X
+
+
+# %%
+# These are its extensions, also from Part 1. The second is for later.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):
@@ -219,7 +223,8 @@ print("BatchGrad: all agree")
 #     \nabla_f^2 \ell = \frac{1}{s} \left( I - \frac{r r^\top}{\delta^2 s^2} \right) .
 #
 # The first sample gets a residual of zero here, a place where a formula that divides by
-# :math:`\lVert r \rVert` would fail.
+# :math:`\lVert r \rVert` would fail. ``vmap`` hands the loss one sample at a time, of
+# shape ``[C]``.
 
 output = torch.randn(N, C, dtype=torch.float64, device=device)
 target = 2 * torch.randn(N, C, dtype=torch.float64, device=device)
@@ -309,7 +314,7 @@ class PseudoHuberLossDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: PseudoHuberLoss,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: None,
     ) -> Tensor:
@@ -423,7 +428,7 @@ def compare(
     loss_extension_class: type[ModuleExtension],
     *loss_inputs: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compute the GGN diagonal with BackPACK and from Jacobian and Hessian.
+    """Compute the GGN diagonal on the inputs ``X``, with BackPACK and by the witness.
 
     Args:
         model: The network, not extended.
@@ -570,8 +575,8 @@ else:
 # (see `The contract, and what breaks it <5_contract_and_traps.html>`__). A factor
 # :math:`a_n \geq 0` of the loss is a factor :math:`\sqrt{a_n}` of S. The weights are
 # the third input of the loss, ``module.input2``. With ``"mean"`` this loss divides by
-# N, and not by the sum of the weights, as ``nn.CrossEntropyLoss`` with class weights
-# does. Loss and extension are subclasses, and as lookup is by exact class, they are
+# N. (``nn.CrossEntropyLoss`` with class weights divides by the sum of the weights.)
+# Loss and extension are subclasses, and as lookup is by exact class, they are
 # registered as a pair of their own.
 
 
@@ -627,10 +632,10 @@ torch.testing.assert_close(S_weighted, rearrange(expected, "n c k -> k n c"))
 # ------------------------
 # If you have no closed form for S, let ``torch.func`` compute the Hessian of each
 # sample's loss, a small ``[C, C]`` matrix, and take its principal root. This costs
-# more. It works for any convex loss of two inputs that treats samples separately and
-# whose mean over the batch is the mean of the losses of batches of one.
-# ``module.forward`` goes around BackPACK's hooks, which would overwrite the stored
-# inputs.
+# more. It works for any convex loss of two inputs that treats samples separately. With
+# ``"mean"``, the loss of a batch must be the mean of what the loss gives for each of
+# its samples, as a batch of one. ``module.forward`` goes around BackPACK's hooks, which
+# would overwrite the stored inputs.
 #
 # Rounding can turn an eigenvalue of zero into a small negative number. So the class
 # accepts, in each sample, negative eigenvalues up to ``1e-6`` of the largest, and sets
@@ -806,14 +811,15 @@ print(f"{'Jacobian and Hessian':20} {numbers}")
 # eigenvalue we get the other entries right here, and the diagonal of another matrix:
 # one with a Hessian that is cut down to its convex part. You may have use for that, but
 # then say so; it is not this loss's :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
-# The formula shows what it is: the entry itself is :math:`w^2 (2 - s^2) / s^4` with the
-# scale weight :math:`w = 2` and :math:`s^2 = 10`, and the clamp makes it zero.
+#
+# The numbers follow from the formula, with :math:`s^2 = 10` and the scale weight
+# :math:`w = 2`: along the residual :math:`w^2 (2 - s^2) / s^4`, which the clamp makes
+# zero, and :math:`w^2 / s^2` for the other two entries.
 
-entry = by_witness["2.bias"][0]
-torch.testing.assert_close(entry, torch.full_like(entry, 2**2 * (2 - 10) / 10**2))
-clamped = by_backpack["2.bias"]
-expected = by_witness["2.bias"].clamp(0)
-torch.testing.assert_close(clamped, expected)
+eigenvalues = [(2 - 10) / 10**2, 1 / 10, 1 / 10]
+expected = 2**2 * torch.tensor(eigenvalues, dtype=torch.float64, device=device)
+torch.testing.assert_close(by_witness["2.bias"], expected)
+torch.testing.assert_close(by_backpack["2.bias"], expected.clamp(0))
 
 # %%
 # What was verified

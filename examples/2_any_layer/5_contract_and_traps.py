@@ -8,17 +8,18 @@ and the cure of an error message or of a number that is wrong.
 We will:
 
 1. record who is called when, with which shapes, and print it as one table;
-2. check the rules that the table can not show;
-3. raise every error that a writer of extensions is likely to meet, and cure it;
-4. compute every number that BackPACK gets wrong **without an error**, put the right
-   number beside it, and cure it.
+2. check the rules that the table cannot show;
+3. raise the errors that a writer of extensions is likely to meet, and cure each;
+4. compute numbers that come out wrong **without an error**, put the right numbers
+   beside them, and cure each.
 
 Every message below was raised, and every number computed, when this page was built.
 
 We assume that you have seen an extension for individual gradients and one for the GGN
 diagonal: `Individual gradients <../1_scale_module/2_individual_gradients.html>`_ and
-`The GGN diagonal, backpropagated <../1_scale_module/4_ggn_diagonal.html>`_. If you came
-with an error message, look for it here.
+`The GGN diagonal, backpropagated <../1_scale_module/4_ggn_diagonal.html>`_. V is what
+the latter backpropagates: a square root of the GGN with respect to a layer's output. If
+you came with an error message, look for it here.
 
 **An error or a warning**
 
@@ -52,7 +53,8 @@ with an error message, look for it here.
   <#one-second-order-extension-object-used-again>`_, somewhere in ``backward``
 - `The output of CrossEntropyLoss() seems to have been modified
   <#a-factor-in-front-of-the-loss>`_
-- `Only default ignore_index (-100) is implemented <#ignored-targets>`_
+- `Only default ignore_index (-100) is implemented <#ignored-targets>`_, or
+  ``Only default weight (None) is implemented``
 - `Backpropagate has not been overwritten
   <#assertionerror-expects-a-backpropagation-quantity-but-it-is-none>`_
 
@@ -115,8 +117,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # %%
 # The layer and its two extensions
 # --------------------------------
-# The example is the scale module of Part 1, with one extension of the first order and
-# one of the second.
+# The example is the scale module of Part 1. It multiplies its input by one number.
 
 
 class ScaleModule(nn.Module):
@@ -141,6 +142,12 @@ class ScaleModule(nn.Module):
             ``weight * X``, same shape as ``X``.
         """
         return self.weight * X
+
+
+# %%
+# What we write for a layer is a *module extension*. It is registered in an *extension*
+# of BackPACK, like ``BatchGrad``. The first one is of first order: it works with the
+# gradient that arrives at the layer, and sends nothing on.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):
@@ -174,6 +181,11 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
         X = subsample(module.input0, subsampling=subset)
         grad_Z = subsample(g_out[0], subsampling=subset)
         return einsum(grad_Z, X, "n ..., n ... -> n").unsqueeze(-1)
+
+
+# %%
+# The other one is of second order: V arrives at the layer's output, and
+# ``backpropagate`` sends V on to the layer's input.
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
@@ -230,8 +242,8 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 
 # %%
-# Two factories build a **fresh, registered** extension for each use. Why fresh: see
-# `the trap of an extension that is used again
+# Two factories build a new extension object for each use, with the module extension
+# registered. Why a new one: see `the trap of an extension that is used again
 # <#one-second-order-extension-object-used-again>`_.
 
 
@@ -310,7 +322,7 @@ def run(
 
     Args:
         model: The network, not extended.
-        extension: A fresh BackPACK extension.
+        extension: A BackPACK extension, new for this run.
         X: Inputs, shape ``[N, *]``.
         y: Class indices.
         loss_function: The loss, not extended.
@@ -325,9 +337,16 @@ def run(
 
 
 # %%
+# Where a section needs the steps of ``run`` one by one, it uses this extended loss:
+
+extended_loss = extend(deepcopy(loss_function))
+
+# %%
 # Two helpers use ``torch.func`` alone. They give the right numbers on this page: the
-# individual gradients, and the GGN diagonal from :math:`\sum \mathrm{J}^\top \nabla^2
-# \ell \; \mathrm{J}`, with the Jacobian and the Hessian written out in full.
+# individual gradients, and the diagonal of the GGN :math:`\mathrm{J}^\top (\nabla^2
+# \ell) \, \mathrm{J}`. Here J is the Jacobian of the network's output with respect to a
+# parameter, and :math:`\nabla^2 \ell` the Hessian of the loss with respect to that
+# output. Both are written out in full, over all samples.
 
 
 def individual_gradients(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -368,8 +387,9 @@ def ggn_diagonals(
         return functional_call(model, parameters, (X,))
 
     parameters = {n: p.detach() for n, p in model.named_parameters()}
+    # hessian: [N, C, N, C], for sample n, class c, sample m, class d
     hessian = jacrev(jacrev(lambda f: loss_function(f, y)))(output(parameters))
-    return {
+    return {  # J: [N, C, *parameter.shape]
         name: torch.einsum("nc...,ncmd,md...->...", J, hessian, J)
         for name, J in jacrev(output)(parameters).items()
     }
@@ -377,7 +397,7 @@ def ggn_diagonals(
 
 # %%
 # Are the two extensions right? Every parameter of the network is compared, for
-# ``[N, D]`` and ``[N, T, D]``, and a subset of the samples in another order.
+# ``[N, D]`` and ``[N, T, D]``, and also for a subset of the samples in another order.
 
 subset = [4, 0, 2]
 
@@ -398,11 +418,11 @@ for input_shape in [(D,), (T, D)]:
         torch.testing.assert_close(actual, diagonals[name])
 
 # %%
-# The squares of the GGN hide the sign of V. So ``backpropagate`` is also compared with
-# the VJP itself.
+# The squares in the GGN diagonal hide the sign of V. So ``backpropagate`` is also
+# compared with PyTorch's VJP of the layer, one VJP for each column of V.
 
 scale = extend(ScaleModule(-1.5).to(device, torch.float64))
-scale(X)
+scale(X)  # stores input0 and output, as before a backward pass
 V_out = torch.randn(C, N, D, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
@@ -485,8 +505,9 @@ def record_sqrt_ggn(subsampling: list[int]) -> BackpropExtension:
 
 # %%
 # First the order. Both extensions run in one context. Forward hooks of PyTorch write
-# down the forward pass, and ``extension_hook``, an argument of ``backpack``, is called
-# on each layer when all extensions are done with it.
+# down the forward pass. ``extension_hook``, an argument of ``backpack``, is called on
+# each layer when all extensions are done with it; ours writes ``done``. Of the methods,
+# only those of the scale module and of the loss are recorded.
 
 
 def after_forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor):
@@ -500,7 +521,7 @@ def after_extensions(module: nn.Module):
 
 
 both = [record_batch_grad(), record_ggn(DiagGGNExact())]
-model, extended_loss = extend(deepcopy(network)), extend(deepcopy(loss_function))
+model = extend(deepcopy(network))
 hooks = [m.register_forward_hook(after_forward) for m in [*model, extended_loss]]
 
 calls.clear()
@@ -515,7 +536,7 @@ for step, (first, second, *_) in enumerate(calls):
     print(f"{step:>2}  {first:<16} {second}")
 
 # %%
-# The forward pass runs through. ``backward`` starts at the loss, whose
+# The forward pass calls none of them. ``backward`` starts at the loss, whose
 # ``backpropagate`` makes the first V. At each layer, BackPACK runs one extension after
 # the other: in each, first the methods for the parameters, then ``backpropagate``. If
 # a release of BackPACK changes this order, this page fails here.
@@ -527,6 +548,7 @@ def expect(actual: object, expected: object):
         raise AssertionError(f"The page says {expected}, BackPACK does {actual}.")
 
 
+# calls[5:]: without the forward passes of the five layers
 backward_calls = [(first, second) for first, second, *_ in calls[5:]]
 expected = [
     ("CrossEntropyLoss", "forward"),
@@ -544,14 +566,15 @@ expected = [
 expect(backward_calls, expected)
 
 # %%
-# ``done`` is also the moment at which BackPACK deletes what the forward pass stored on
-# the layer, ``input0`` and ``output``:
+# Right after ``done``, BackPACK deletes what the forward pass stored on the layer,
+# ``input0`` and ``output``:
 
 for name in ["input0", "output"]:
     expect(hasattr(model[1], name), False)
 
 # %%
 # Two extensions in one context don't disturb each other: both have the right numbers.
+# From here on, ``gradients`` and ``diagonals`` are the right numbers for ``network``.
 
 gradients, diagonals = individual_gradients(network, X, y), ggn_diagonals(network, X, y)
 for name, parameter in model.named_parameters():
@@ -559,8 +582,8 @@ for name, parameter in model.named_parameters():
     torch.testing.assert_close(parameter.diag_ggn_exact, diagonals[name])
 
 # %%
-# This figure shows the same in space. Data flow to the right, gradients and V to the
-# left. The letters mark the places at which the traps of this page bite.
+# What can go wrong has its place in this order. Each letter will mark one place in a
+# figure.
 
 marks = {
     "A": "used twice, run twice, called by keyword: input0 is wrong or missing",
@@ -571,6 +594,12 @@ marks = {
     "F": "the loss is not extended, is scaled, or ignores targets",
     "G": "V of the data is left behind in the extension",
 }
+
+# %%
+# In the figure, data flow to the right, and gradients (g) and V to the left. Below each
+# box stands what the layer stores, or which of its methods run. No V is needed for the
+# data, so ``backpropagate`` does not run in the first layer.
+
 spots = {"A": (2, 2.55), "B": (3, 2.3), "C": (2, 0.65), "D": (1, -0.4)}
 spots |= {"E": (2.65, -0.36), "F": (6, 0.65), "G": (-1, 0)}
 forward, backward, layers = 2, 0, ["Linear", "ScaleModule", "Linear", "loss"]
@@ -580,7 +609,7 @@ center = {"ha": "center", "va": "center"}
 box = {"boxstyle": "round", "facecolor": "0.92", "edgecolor": "0.3"}
 for place, layer in enumerate(layers):
     methods = "weight\nbackpropagate" if place else "weight"
-    methods = "S" if layer == "loss" else methods
+    methods = "backpropagate" if layer == "loss" else methods
     for height in [forward, backward]:
         ax.text(2 * place, height, layer, bbox=box, color="black", **center)
     ax.text(2 * place, forward - 0.55, "input0\noutput", **center)
@@ -610,14 +639,16 @@ plt.show()
 # -------------------------
 # Now the shapes: the same recorder, in six situations. The weight of the scale module
 # has shape ``[1]``. The last rows show BackPACK's own extension for a linear layer with
-# a weight of shape ``[5, 4]``, because a larger parameter tells more.
+# a weight of shape ``[5, 4]``, because a larger parameter tells more. The network
+# ``pixelwise`` classifies two pixels per sample: its output ``[N, C, 2]`` has the
+# classes on axis 1.
 
 pixels, classes = make_data(C, 2)[0], torch.randint(C, (N, 2), device=device)
 pixelwise = nn.Sequential(nn.Linear(2, 2), ScaleModule()).to(device, torch.float64)
 linears = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, C))
 linears = linears.to(device, torch.float64)
 
-mc, exact, exact_2 = DiagGGNMC(mc_samples=7), DiagGGNExact(), DiagGGNExact()
+exact, mc, exact_2 = DiagGGNExact(), DiagGGNMC(mc_samples=7), DiagGGNExact()
 situations = {
     "BatchGrad": (network, record_batch_grad(), X, y),
     "BatchGrad, subsampling=[4, 0]": (network, record_batch_grad([4, 0]), X, y),
@@ -628,9 +659,12 @@ situations = {
 }
 
 # %%
-# One line for each call, in the order of the calls. The arguments of every method are
-# ``(ext, module, g_inp, g_out, V_out)``, given by position. The last column is what the
-# method must return. The table is kept as ``table``, to be checked below.
+# One line for each method, in the order of the calls. (Of the two linear layers in the
+# last network, this shows the one that is called first: the last layer.) The arguments
+# of every method are ``(ext, module, g_inp, g_out, V_out)``, given by position.
+# ``g_inp`` is seldom needed and left out here. The last column is the shape that the
+# method must return; ``-`` stands for ``None``, ``[]`` for a scalar. The shapes are
+# kept in ``table``, to be checked below.
 
 table = {}
 print(f"{N = }, {D = }, {H = }, {C = }")
@@ -658,13 +692,14 @@ for situation, arguments in situations.items():
 # - **SqrtGGNExact** with a subset: V comes **sliced**, ``input0`` comes whole: you
 #   slice ``input0`` only.
 #
-# The same four statements as a check:
+# The same statements as a check:
 
 pair = [4, 0]
 row = table["BatchGrad, subsampling=[4, 0]", "ScaleModule.weight"]
 expect(row, [f"{[N, H]}", f"{[N, H]}", "-", f"{[len(pair), 1]}"])
 row = table["DiagGGNExact", "CrossEntropyLoss.backpropagate"]
 expect(row[3], f"{[C, N, C]}")
+expect(table["DiagGGNExact", "ScaleModule.weight"][3], f"{[1]}")
 row = table["DiagGGNExact", "ScaleModule.backpropagate"]
 expect(row[1:], [f"{[N, H]}", f"{[C, N, H]}", f"{[C, N, H]}"])
 row = table["DiagGGNExact, output [N, C, 2]", "ScaleModule.weight"]
@@ -676,7 +711,8 @@ expect(row[1:], [f"{[N, H]}", f"{[C, 2, C]}", f"{[C, 2, C, H]}"])
 # %%
 # A frozen parameter
 # ~~~~~~~~~~~~~~~~~~
-# Its method is not called, ``backpropagate`` is: the layers before still need V.
+# Its method is not called, ``backpropagate`` is: the layers before still need V. (The
+# first of the ``calls`` is that of the loss.)
 
 frozen = deepcopy(network)
 frozen[1].weight.requires_grad_(False)
@@ -720,10 +756,10 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # %%
 # Mean and sum
 # ~~~~~~~~~~~~
-# All that arrives at a layer carries the factor of the loss's reduction. With
-# ``"mean"``, which is PyTorch's default, individual gradients and the GGN diagonal are
-# divided by N. With ``nn.MSELoss``, the divisor is the number of **all** entries of the
-# output.
+# The gradient that arrives at a layer carries the factor of the loss's reduction, and V
+# its square root. So with ``"mean"``, which is PyTorch's default, individual gradients
+# and the GGN diagonal are divided by N. With ``nn.MSELoss``, the divisor is the number
+# of **all** entries of the output.
 
 mean_loss = nn.CrossEntropyLoss(reduction="mean")
 model = run(network, make_batch_grad(), X, y, mean_loss)
@@ -740,14 +776,15 @@ torch.testing.assert_close(
 )
 
 # %%
-# A variance is quadratic in the gradients, so there the factor is :math:`1/N^2`.
+# BackPACK's ``Variance`` is quadratic in the individual gradients, so there the factor
+# is :math:`1/N^2`.
 
-variances = {
-    reduction: run(linears, Variance(), X, y, nn.CrossEntropyLoss(reduction=reduction))[
-        0
-    ].weight.variance
-    for reduction in ["mean", "sum"]
-}
+variances = {}
+for reduction in ["mean", "sum"]:
+    loss_function_r = nn.CrossEntropyLoss(reduction=reduction)
+    model = run(linears, Variance(), X, y, loss_function_r)
+    variances[reduction] = model[0].weight.variance
+
 torch.testing.assert_close(N**2 * variances["mean"], variances["sum"])
 
 # %%
@@ -756,7 +793,9 @@ torch.testing.assert_close(N**2 * variances["mean"], variances["sum"])
 # ``provoke`` runs something that must end in an error or a warning, and prints all
 # messages. If another message comes, or none, it raises: then BackPACK or PyTorch has
 # changed, and the section must be rewritten. Addresses in memory, which differ from run
-# to run, are cut out of the messages.
+# to run, are cut out of the messages. One warning that comes with nearly every run is
+# not shown: it is harmless, and `has its own section
+# <#userwarning-full-backward-hook-is-firing>`_.
 
 harmless = "Full backward hook is firing"
 
@@ -784,7 +823,8 @@ def provoke(expected: type[Exception], fragment: str, function: Callable) -> obj
     for kind, message in messages:
         text = re.sub(r" at 0x[0-9a-f]+", "", f"{kind.__name__}: {message}")
         print(textwrap.fill(text, width=88, break_on_hyphens=False))
-    if not messages or messages[-1][0] is not expected or fragment not in message:
+    last_kind, last_message = messages[-1] if messages else (None, "")
+    if last_kind is not expected or fragment not in last_message:
         other = errors[0] if errors else None
         text = f"This did not end in {expected.__name__}: {fragment}"
         raise AssertionError(text) from other
@@ -792,9 +832,9 @@ def provoke(expected: type[Exception], fragment: str, function: Callable) -> obj
 
 
 # %%
-# ``silently_wrong`` prints a wrong result beside the right one, and raises if
-# they agree: then BackPACK has mended the trap. It keeps the relative errors for a
-# figure.
+# ``silently_wrong`` prints a wrong result above the right one, and raises if they
+# agree: then BackPACK has mended the trap. It keeps the relative error, the norm of the
+# difference divided by the norm of the right result, for a figure.
 
 relative_errors = {}
 
@@ -809,6 +849,7 @@ def silently_wrong(trap: str, wrong: Tensor, right: Tensor):
     """
     difference = torch.linalg.vector_norm(wrong - right)
     relative_errors[trap] = (difference / torch.linalg.vector_norm(right)).item()
+    print(f"{trap}:")
     for label, result in [("wrong", wrong), ("right", right)]:
         entries = " ".join(f"{r:9.4f}" for r in result.flatten().tolist()[:6])
         print(f"{label} {entries}")
@@ -820,7 +861,7 @@ def silently_wrong(trap: str, wrong: Tensor, right: Tensor):
 # Nothing checks what you return
 # ------------------------------
 # **What you see:** no error, until something much later meets an unexpected shape. The
-# next class forgets ``unsqueeze(-1)``.
+# next class returns what you get if you forget ``unsqueeze(-1)``.
 
 
 class WrongShapeBatchGrad(ScaleModuleBatchGrad):
@@ -851,7 +892,18 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # %%
 # Errors and warnings
 # -------------------
-# The title of a section is what the last line of the traceback says.
+# The title of a section is what the last line of the traceback says. If you came here
+# directly, these are the names that all sections use:
+#
+# - ``network`` holds a ``ScaleModule`` at place 1; its data are ``X`` and ``y``, its
+#   loss is ``loss_function``. Network and loss are never extended.
+# - ``run(network, extension, X, y)`` extends copies, runs forward and backward, and
+#   returns the copy of the network. ``extended_loss`` is an extended copy of the loss.
+# - ``make_batch_grad()`` and ``make_diag_ggn()`` build extensions that support
+#   ``ScaleModule``.
+# - ``gradients`` and ``diagonals`` hold the right numbers for ``network``;
+#   ``individual_gradients`` and ``ggn_diagonals`` compute them for other networks.
+# - V is what second-order extensions send from layer to layer.
 #
 # NotImplementedError: ``does not have an extension for Module``
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -863,15 +915,15 @@ provoke(NotImplementedError, message, lambda: run(network, DiagGGNExact(), X, y)
 unsupported = provoke(UserWarning, message, lambda: run(network, BatchGrad(), X, y))
 
 # %%
-# **Cause 1:** the layer's class is not in the extension's table. **Cure:** register a
-# module extension for it, as ``make_diag_ggn`` does.
+# **Cause 1:** no module extension is registered for the layer's class. **Cure:**
+# register one, as ``make_diag_ggn`` does.
 
 model = run(network, make_diag_ggn(), X, y)
 torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"])
 
 # %%
-# **Cause 2:** the layer is of a subclass. BackPACK looks up the exact class; what holds
-# for a class does not hold for its subclasses.
+# **Cause 2:** the layer is of a subclass. BackPACK looks up the exact class; what is
+# registered for a class does not hold for its subclasses.
 
 
 class NamedScaleModule(ScaleModule):
@@ -891,8 +943,9 @@ model = run(named, extension, X, y)
 torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"])
 
 # %%
-# **Cause 3:** the message names a container, not a layer. ``extend`` also treats a
-# container as a layer if it has a ``forward`` of its own.
+# **Cause 3:** the message names a container, not a layer. ``extend`` treats every
+# module as a layer, also a container. It leaves out only ``nn.Sequential``, its
+# subclasses, and a few containers of BackPACK.
 
 
 class Classifier(nn.Module):
@@ -929,15 +982,15 @@ model = provoke(UserWarning, message, lambda: run(classifier, make_batch_grad(),
 torch.testing.assert_close(model.layers[1].weight.grad_batch, gradients["1.weight"])
 
 # %%
-# **Another cure:** inherit from ``nn.Sequential``. BackPACK leaves these containers
-# alone, even if they have a ``forward`` of their own. The containers below do that.
+# **Another cure:** inherit from ``nn.Sequential``. The container may then still have a
+# ``forward`` of its own. The containers below do that.
 #
 # AssertionError: ``expects a backpropagation quantity but it is None``
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see** is the name of the layer that waited for V in vain. The reason
-# sits **behind** it, nearer to the loss.
+# **What you see** is the name of the layer that waited in vain for V, the
+# "backpropagation quantity". The reason lies **behind** it, nearer to the loss.
 #
-# **Cause 1:** a function stands between two modules. V is made by modules, so it is
+# **Cause 1:** a function stands between two modules. Only modules send V on, so it is
 # lost there.
 
 
@@ -982,7 +1035,7 @@ with backpack(make_diag_ggn()):
 # %%
 # **Cure:** extend the loss as well.
 
-model, extended_loss = extend(deepcopy(network)), extend(deepcopy(loss_function))
+extended_loss = extend(deepcopy(loss_function))
 with backpack(make_diag_ggn()):
     extended_loss(model(X), y).backward()
 
@@ -1051,19 +1104,20 @@ torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"]
 # **What you see** comes after ``backward``, when you read a result that was never
 # stored. The attribute may have another name, like ``diag_ggn_exact``.
 #
-# **Cause 1:** the layer is unknown, and ``BatchGrad`` has only warned. This is the
-# network of the first section:
+# **Cause 1:** nothing is registered for the layer, and ``BatchGrad`` has only warned.
+# ``unsupported`` is the network that `the warning
+# <#notimplementederror-does-not-have-an-extension-for-module>`_ came from:
 
 message = "'Parameter' object has no attribute 'grad_batch'"
 provoke(AttributeError, message, lambda: unsupported[1].weight.grad_batch)
 
 # %%
-# **Cure:** register, as above.
+# **Cure:** register a module extension, as ``make_batch_grad`` does.
 #
 # **Cause 2:** ``extend`` came after the forward pass. **Cause 3:** ``backward`` was
 # called outside the context. The forward pass may be inside or outside.
 
-model, extended_loss = deepcopy(network), extend(deepcopy(loss_function))
+model = deepcopy(network)
 loss = extended_loss(model(X), y)
 extend(model)
 with backpack(make_batch_grad()):
@@ -1154,7 +1208,7 @@ with backpack(make_batch_grad()):
     provoke(AttributeError, "has no attribute 'output'", loss.backward)
 
 # %%
-# **Cure:** ``retain_graph=True`` for both.
+# **Cure:** give ``retain_graph=True`` to ``backpack`` as well.
 
 loss = extended_loss(model(X), y)
 with backpack(make_batch_grad(), retain_graph=True):
@@ -1165,7 +1219,8 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # %%
 # AttributeError: ``object has no attribute 'input0'``
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see** comes from your own method, at ``module.input0``.
+# **What you see** comes from your own method, at ``module.input0``. The next network
+# passes an input by keyword.
 
 
 class KeywordInput(nn.Sequential):
@@ -1419,9 +1474,9 @@ provoke(UserWarning, harmless, lambda: run(network, make_batch_grad(), X, y))
 
 # %%
 # **Cause:** PyTorch says that the first layer's input, the data, requires no gradient.
-# That is as it should be, and the results are right: all comparisons on this page were
-# made with it. **Cure:** none needed. This site hides it, and only it. In your own code
-# you can do the same:
+# That is as it should be, and the results are right, as the comparisons on this page
+# show. **Cure:** none needed. This site hides the warning. In your own code you can do
+# the same:
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=harmless)
@@ -1447,7 +1502,7 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # it too. But no layer computed it, so no one takes this V out.
 #
 # A network in two halves makes this visible. We first treat the second half alone, with
-# the features as its input.
+# the features as its input. They require a gradient.
 
 first_half, second_half = network[:2], network[2:]
 first_half, second_half = extend(deepcopy(first_half)), extend(deepcopy(second_half))
@@ -1468,7 +1523,8 @@ print(f"left behind: V of shape {list(left_behind.shape)}")
 # which gives memory that has become free to new tensors. Here we need no luck:
 # ``features`` and ``fixed_features`` share their memory, so they have the same address.
 # The same extension, now on the whole network, **adds** the new V to the one left
-# behind. V is doubled, and its square is four times too large.
+# behind. The two are equal, as the features are. So V is doubled, and its square is
+# four times too large.
 
 expect(features.data_ptr(), address)
 with backpack(extension):
@@ -1479,7 +1535,7 @@ silently_wrong("extension used again", wrong, diagonals["0.weight"])
 torch.testing.assert_close(wrong, 4 * diagonals["0.weight"])
 
 # %%
-# The loud form: the same memory again, but fewer samples. The two V can not be added.
+# The loud form: the same memory again, but fewer samples. The two V cannot be added.
 
 message = r"The size of tensor a (6) must match the size of tensor b (4)"
 buffer = X.clone().requires_grad_()
@@ -1544,8 +1600,8 @@ torch.testing.assert_close(model[0].weight.diag_ggn_exact, right["0.weight"])
 # %%
 # A second forward pass before backward
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see:** everything is wrong if, say, a loss on other data is computed
-# between forward and ``backward``.
+# **What you see:** wrong results in all layers if, say, a loss on other data is
+# computed between forward and ``backward``.
 
 X_other, y_other = make_data(D)
 for trap, extension, right in [
@@ -1563,7 +1619,8 @@ for trap, extension, right in [
 # %%
 # **Cause:** each forward pass overwrites ``input0`` and ``output`` of the layers and of
 # the loss. If only the model, not the loss, runs a second time, second-order extensions
-# notice: the loss still refers to the old output.
+# notice: the loss leaves V for the model's old output, the last layer waits for V of
+# the new one.
 
 model = extend(deepcopy(network))
 loss = extended_loss(model(X), y)
@@ -1651,15 +1708,18 @@ for name in right:
 # %%
 # Tied parameters
 # ~~~~~~~~~~~~~~~
-# **What you see:** ``grad_batch`` does not add up to ``.grad``.
+# **What you see:** ``grad_batch`` does not add up to ``.grad``. The right individual
+# gradients do.
 
 layers = [ScaleModule(-1.5), nn.Linear(D, D), ScaleModule(), nn.Linear(D, C)]
 layers[2].weight = layers[0].weight
 tied = nn.Sequential(*layers).to(device, torch.float64)
 
 right = individual_gradients(tied, X, y)["0.weight"]
-wrong = run(tied, make_batch_grad(), X, y)[0].weight.grad_batch
-silently_wrong("tied, BatchGrad", wrong, right)
+weight = run(tied, make_batch_grad(), X, y)[0].weight
+silently_wrong("tied, BatchGrad", weight.grad_batch, right)
+print(f".grad {weight.grad.item():9.4f}, sum of wrong {weight.grad_batch.sum():9.4f}")
+torch.testing.assert_close(right.sum(0), weight.grad)
 
 # %%
 # **Cause:** each use stores its result on the one parameter, and overwrites that of the
@@ -1695,8 +1755,9 @@ with backpack(make_batch_grad(), extension_hook=add):
 torch.testing.assert_close(sums[model[0].weight], right)
 
 # %%
-# Gradients of several uses add up, but GGN diagonals do not: with :math:`V_1` and
-# :math:`V_2` from two uses, :math:`(V_1 + V_2)^2` is wanted, not :math:`V_1^2 + V_2^2`.
+# Gradients of several uses add up, but GGN diagonals do not. Let :math:`V_1` and
+# :math:`V_2` be the square roots with respect to the parameter from two uses. Then
+# :math:`(V_1 + V_2)^2` is wanted, not :math:`V_1^2 + V_2^2`.
 
 layers = [nn.Linear(D, D, bias=False), nn.Tanh(), nn.Linear(D, D, bias=False)]
 layers[2].weight = layers[0].weight
@@ -1807,7 +1868,8 @@ for indices in [list(range(N)), subset]:
 # %%
 # The same holds for weights that ``torch.nn.utils.parametrize`` computes. It even
 # replaces the class of the layer, so that the lookup fails as well, and adds modules of
-# its own. The cure is the same: a layer that owns the leaf.
+# its own; the message names one of these. The cure is the same: a layer that owns the
+# leaf.
 
 
 class Exponential(nn.Module):
@@ -1839,8 +1901,8 @@ right = 0.5 * diagonals["1.weight"]
 silently_wrong("factor in front of the loss", model[1].weight.diag_ggn_exact, right)
 
 # %%
-# **Cause:** V starts at the loss module, and nothing before it knows what happens
-# behind. Gradients come from PyTorch and do carry the factor. **Cure:** for second
+# **Cause:** V starts at the loss module, which does not see what is done with its
+# output. Gradients come from PyTorch and do carry the factor. **Cure:** for second
 # order, call ``backward`` on the loss itself and multiply the result.
 
 torch.testing.assert_close(model[1].weight.grad_batch, 0.5 * gradients["1.weight"])
@@ -1866,7 +1928,7 @@ silently_wrong("ignored targets", wrong, right)
 
 for option, message in [
     ({"ignore_index": 0}, "Only default ignore_index (-100) is implemented"),
-    ({"weight": torch.ones_like(X[0, 0].expand(C))}, "Only default weight (None)"),
+    ({"weight": torch.ones(C).to(X)}, "Only default weight (None)"),
 ]:
     weighted = nn.CrossEntropyLoss(reduction="sum", **option)
     function = partial(run, network, make_diag_ggn(), X, y, weighted)
@@ -1911,23 +1973,27 @@ for trap, wrong_extension in [
     ("square before the sum over features", WrongSquareFirst),
     ("sum over samples before the square", WrongSumFirst),
 ]:
-    wrong = run(network, make_diag_ggn(wrong_extension), X, y)[1].weight.diag_ggn_exact
-    silently_wrong(trap, wrong, diagonals["1.weight"])
+    model = run(network, make_diag_ggn(wrong_extension), X, y)
+    silently_wrong(trap, model[1].weight.diag_ggn_exact, diagonals["1.weight"])
+    for name in diagonals.keys() - {"1.weight"}:
+        actual = model.get_parameter(name).diag_ggn_exact
+        torch.testing.assert_close(actual, diagonals[name])
 
 # %%
 # On other data the factor is another one:
 
-for data in [(X, y), (X_other, y_other)]:
+for label, data in [("X", (X, y)), ("X_other", (X_other, y_other))]:
     right = ggn_diagonals(network, *data)["1.weight"]
     for wrong_extension in [WrongSquareFirst, WrongSumFirst]:
         model = run(network, make_diag_ggn(wrong_extension), *data)
         factor = (model[1].weight.diag_ggn_exact / right).item()
-        print(f"{wrong_extension.__name__:<16} wrong / right = {factor:.4f}")
+        print(f"{label:<8} {wrong_extension.__name__:<16} wrong / right = {factor:.4f}")
 
 # %%
-# **Cause:** the VJP of one sample sums over everything that the parameter is shared by,
-# here the features; samples and columns of V are not part of it. **Cure:** three steps
-# in this order: sum over the features, square, sum over columns and samples,
+# **Cause:** the VJP of one sample sums over all entries of the output that the
+# parameter acts on, here the features; samples and columns of V are not part of it.
+# **Cure:** three steps in this order: sum over the features, square, sum over columns
+# and samples,
 #
 # .. math::
 #     \operatorname{diag}(G)_w = \sum_n \sum_c \Big( \sum_d x_{nd} \, V_{cnd} \Big)^2 .
@@ -1936,9 +2002,11 @@ model = run(network, make_diag_ggn(), X, y)
 torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"])
 
 # %%
-# How wrong is wrong
-# ------------------
-# The relative errors of all silent traps on this page. None of them raised an error.
+# How far off the numbers are
+# ---------------------------
+# The relative errors of all silent traps on this page. Their sizes belong to these
+# examples. Rounding explains none of them; without the right numbers, most would go
+# unnoticed.
 
 names = sorted(relative_errors, key=relative_errors.get)
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -1955,8 +2023,8 @@ plt.show()
 # Every message was raised by the installed versions of PyTorch and BackPACK, and every
 # silently wrong number differs from the right one, which ``torch.func`` computed
 # without BackPACK. Every cure was run and compared in float64, at the default tolerance
-# of ``torch.testing.assert_close``. If a later BackPACK mends one of the traps, this
-# page fails, and will be rewritten.
+# of ``torch.testing.assert_close``. If a later BackPACK mends one of the traps, the
+# script of this page ends with an error, and the page must be rewritten.
 #
 # **Next:** `Check your own layer <6_check_your_layer.html>`_ is a script that finds
 # such mistakes in an extension of yours, and names them.
