@@ -33,7 +33,7 @@ from backpack.extensions import DiagGGNExact
 from backpack.extensions.module_extension import ModuleExtension
 from einops import einsum
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, jacrev, vjp, vmap
 
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,8 +44,8 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Our data come from C = 4 overlapping bell curves in D = 8 dimensions. We draw three
 # sets: 300 samples to train the network, 500 to fit the temperature (the validation
 # set), and 5000 to judge the result (the test set). The temperature must not be fitted
-# on the training set: there, the network is right nearly always, and its confidence
-# looks justified.
+# on the training set: there, the network is right nearly always, and being sure looks
+# justified.
 
 D, C = 8, 4
 centers = 0.9 * torch.randn(C, D, dtype=torch.float64, device=device)
@@ -77,7 +77,7 @@ for _ in range(200):
 # %%
 # The network is done now: we freeze it. Its outputs, the **logits** Z, will not change
 # any more. So we compute them once for each set, and need no network to fit the
-# temperature.
+# temperature. The **confidence** is the probability of the predicted class.
 
 network.requires_grad_(False)
 Z_train, Z_val, Z_test = network(X_train), network(X_val), network(X_test)
@@ -99,9 +99,9 @@ for name, Z, y in [("train", Z_train, y_train), ("test", Z_test, y_test)]:
 
 # %%
 # On test data, the network says that it is right more often than it is. How much more?
-# The **expected calibration error** (ECE) sorts the samples into bins by confidence. In
-# each bin it compares the mean confidence with the accuracy, and averages the gaps,
-# weighted by the number of samples in the bin:
+# The **expected calibration error** (ECE) sorts the N samples by confidence into B bins
+# of equal width. In each bin it compares the mean confidence with the accuracy. Then it
+# averages the gaps, weighted by :math:`N_b`, the number of samples in bin b:
 #
 # .. math::
 #     \text{ECE} = \sum_{b=1}^{B} \frac{N_b}{N} \,
@@ -140,14 +140,19 @@ print(f"ECE on test data: {calibration_error(Z_test, y_test):.3f}")
 # ---------------------
 # Guo et al. (2017) divide all logits by one number, the temperature :math:`T`. We
 # multiply them by its inverse, :math:`w = 1/T`. That is the scale module, set on top of
-# the network. Its weight is chosen to minimize the cross-entropy on the validation set,
+# the network. Its weight is chosen to minimize the cross-entropy on the validation set.
+# With the logits :math:`z_n` and the label :math:`y_n` of sample n, and the
+# cross-entropy :math:`\ell` of one sample, this is
 #
 # .. math::
 #     L(w) = \frac{1}{N} \sum_{n=1}^{N} \ell(w z_n, y_n)
 #     = \frac{1}{N} \sum_{n=1}^{N} \Big( \log \sum_c e^{w z_{nc}} - w z_{n y_n} \Big) .
 #
-# With the probabilities :math:`\pi_n = \operatorname{softmax}(w z_n)`, its derivatives
-# can be read as statistics:
+# Its derivatives can be read as statistics. With the probabilities :math:`\pi_n =
+# \operatorname{softmax}(w z_n)`, the derivative of the logarithm is the mean of the
+# logits, :math:`\operatorname{E}_{c \sim \pi_n}[z_{nc}] = \sum_c \pi_{nc} z_{nc}`. And
+# as :math:`\partial \pi_{nc} / \partial w = \pi_{nc} (z_{nc} -
+# \operatorname{E}[z_{nc}])`, the derivative of this mean is their variance:
 #
 # .. math::
 #     L'(w) &= \frac{1}{N} \sum_n
@@ -161,7 +166,7 @@ print(f"ECE on test data: {calibration_error(Z_test, y_test):.3f}")
 
 
 def validation_loss(w: Tensor) -> Tensor:
-    """Return the cross-entropy on the validation set, for ``w`` of shape ``[1]``."""
+    """Return the cross-entropy on the validation set, for a number ``w``."""
     return nn.functional.cross_entropy(w * Z_val, y_val)
 
 
@@ -171,7 +176,8 @@ mean = (pi * Z_val).sum(1)
 variance = (pi * (Z_val - mean.unsqueeze(1)).square()).sum(1)
 z_true = Z_val.gather(1, y_val.unsqueeze(1)).squeeze(1)
 
-torch.testing.assert_close((mean - z_true).mean(0, True), jacrev(validation_loss)(w))
+gradient = (mean - z_true).mean().reshape(1)
+torch.testing.assert_close(gradient, jacrev(validation_loss)(w))
 hessian = jacrev(jacrev(validation_loss))(w)
 torch.testing.assert_close(variance.mean().reshape(1, 1), hessian)
 
@@ -182,8 +188,7 @@ torch.testing.assert_close(variance.mean().reshape(1, 1), hessian)
 # Here the outputs :math:`w z_n` **are** linear in the parameter :math:`w`, so nothing
 # is lost: the GGN is the Hessian. And with a single parameter, it is its own diagonal.
 # So ``DiagGGNExact`` gives us :math:`L''` in the same backward pass that gives
-# :math:`L'`, for any layer that the extension was written for, without a formula like
-# the one above. These are the layer and the extension from Part 1.
+# :math:`L'`, without a formula like the one above. This is the layer from Part 1:
 
 
 class ScaleModule(nn.Module):
@@ -210,6 +215,10 @@ class ScaleModule(nn.Module):
         return self.weight * X
 
 
+# %%
+# And this is its extension:
+
+
 class ScaleModuleDiagGGNExact(ModuleExtension):
     """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
 
@@ -221,7 +230,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -244,7 +253,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -261,6 +270,11 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
             Square root with respect to the layer's input, shape ``[C, N, *]``.
         """
         return module.weight * V_out
+
+
+# %%
+# Each backward pass gets a fresh object with the extension registered. One that is used
+# again can pick up a V that an earlier pass left behind.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -313,22 +327,24 @@ for value in [-1.0, 0.1, 0.5, 1.0]:
 # %%
 # The extension's second method, ``backpropagate``, does not run here: no one before the
 # scale module needs V. It would run if the network were trained together with the
-# scale. So that it can be trusted then, we check it against a VJP, sign included,
+# scale. So that it can be trusted then, we check it in two ways. First against a VJP,
+# which also sees a wrong sign:
 
 scale = make_scale(0.3)
 scale(Z_val[:6])  # so that it holds its input
 V_out = torch.randn(C, 6, C, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
-_, vjp = torch.func.vjp(lambda Z: scale.weight.detach() * Z, Z_val[:6])
-torch.testing.assert_close(V_in, vmap(vjp)(V_out)[0])
+_, input_vjp = vjp(lambda Z: scale.weight.detach() * Z, Z_val[:6])
+torch.testing.assert_close(V_in, vmap(input_vjp)(V_out)[0])
 
 # %%
-# and inside of the whole model, where all parameters are trained. The witness
-# takes the definition of the GGN at its word: the Jacobian J of the outputs, from
-# ``jacrev``, around the Hessian of the loss, :math:`\operatorname{diag}(\pi_n) - \pi_n
-# \pi_n^\top`. A few samples are enough. (``torch.func`` fails on modules with
-# BackPACK's hooks, so it comes first, and ``extend`` second.)
+# Then inside of the whole model, with the GGN of all parameters. The witness is the
+# definition, :math:`\frac{1}{N} \sum_n J_n^\top H_n J_n`, with the Jacobians of the
+# outputs from ``jacrev`` (``[N, C, *]`` for each parameter) and the Hessian of
+# cross-entropy, :math:`H_n = \operatorname{diag}(\pi_n) - \pi_n \pi_n^\top`. A few
+# samples are enough. (``torch.func`` fails on modules with BackPACK's hooks, so it
+# comes first, and ``extend`` second.)
 
 X, y = X_val[:6], y_val[:6]
 model = nn.Sequential(*network, ScaleModule(0.3).to(device, torch.float64))
@@ -338,8 +354,12 @@ pi = model(X).softmax(1).detach()
 loss_hessian = (pi.diag_embed() - einsum(pi, pi, "n c, n k -> n c k")) / len(y)
 
 # %%
-# ``extend`` adds hooks to the network's own layers too. For this check, and only for
-# it, the network is unfrozen.
+# The model shares its layers with the network, so ``extend`` adds hooks to these too.
+# For this check they are unfrozen. The diagonal of a parameter must have its shape.
+# `BackPACK does not check this
+# <../2_any_layer/5_contract_and_traps.html#nothing-checks-what-you-return>`_: each
+# extension saves another shape, so it stores whatever ``weight`` returns. We compare
+# the shapes too.
 
 model = extend(model).requires_grad_(True)
 with backpack(make_diag_ggn()):
@@ -349,15 +369,16 @@ model.requires_grad_(False)
 for name, parameter in model.named_parameters():
     J_p = J[name].flatten(start_dim=2)
     diagonal = einsum(J_p, loss_hessian, J_p, "n c p, n c k, n k p -> p")
-    torch.testing.assert_close(parameter.diag_ggn_exact.flatten(), diagonal)
+    expected = diagonal.reshape(parameter.shape)
+    torch.testing.assert_close(parameter.diag_ggn_exact, expected)
     print(f"{name:>8}: {diagonal.numel():3d} entries agree")
 
 # %%
 # Newton's method, undamped
 # -------------------------
 # Newton's method goes where the parabola with the loss's gradient and curvature has its
-# minimum, :math:`w \leftarrow w - L'(w) / L''(w)`. We start from the unscaled network,
-# :math:`w = 1`.
+# minimum, :math:`w \leftarrow w - L'(w) / L''(w)`. Undamped means that it always goes
+# the full way. We start from the unscaled network, :math:`w = 1`.
 
 scale = make_scale(1.0)
 losses = []
@@ -375,18 +396,19 @@ if not losses[-1] > losses[0]:
 
 # %%
 # It diverges: the loss grows, and after one step the scale is negative, so that the
-# network prefers the classes that it thinks least likely. The formula for :math:`L''`
-# tells why. A network that is too sure puts nearly all probability on one class, and
-# the variance of the logits is nearly zero. The gradient is not: it is kept up by the
-# wrong answers. A long step in the right direction is the result. **The worse a
-# network is calibrated, the less its curvature at** :math:`w = 1` **can be trusted.**
+# network prefers the classes that it thinks least likely. (Where the curvature is zero
+# up to rounding, there is no next step.) The formula for :math:`L''` tells why. A
+# network that is too sure puts nearly all probability on one class, and the variance of
+# the logits is nearly zero. The gradient is not: it is kept up by the wrong answers. A
+# long step in the right direction is the result. **The more overconfident a network is,
+# the less its curvature at** :math:`w = 1` **can be trusted.**
 #
 # Damping by a line search
 # ------------------------
-# The direction is right, since :math:`L''` is positive. Its length is not. So we
-# shorten the step until the loss has really decreased, by a part of what the gradient
-# promises (Armijo's condition): the first :math:`\alpha` of :math:`1, \tfrac12,
-# \tfrac14, \dots` with
+# The step :math:`d = -L'(w) / L''(w)` has the right direction, since :math:`L''` is
+# positive. Its length is wrong. So we shorten it until the loss has really decreased,
+# by a part of what the gradient promises (Armijo's condition). We take the first
+# :math:`\alpha` of :math:`1, \tfrac12, \tfrac14, \dots` with
 #
 # .. math::
 #     L(w + \alpha d) \le L(w) + 10^{-4} \, \alpha \, d \, L'(w) \, .
@@ -415,7 +437,7 @@ def find_step(
 
 
 # %%
-# The rest is a loop. It serves gradient descent as well, with another direction.
+# The rest is a loop. It serves gradient descent as well, with :math:`d = -L'(w)`.
 
 
 def fit(Z: Tensor, y: Tensor, method: str = "Newton") -> tuple[float, list[float]]:
@@ -443,7 +465,8 @@ def fit(Z: Tensor, y: Tensor, method: str = "Newton") -> tuple[float, list[float
 
 # %%
 # Now it converges. The last iterations show what Newton's method is known for: the
-# number of right digits doubles from step to step.
+# number of right digits about doubles from step to step. So does the exponent of the
+# gradient.
 
 w_fit, newton_path = fit(Z_val, y_val)
 for step, value in enumerate(newton_path):
@@ -489,7 +512,10 @@ for name, path in paths.items():
 # %%
 # The left panel shows the loss, the parabola that Newton's method sees at :math:`w =
 # 1`, and the weights visited with the line search. The parabola is so flat that its
-# minimum is far outside of the picture. The right panel counts iterations.
+# minimum is far outside of the picture. The right panel compares the three methods:
+# once near the minimum, Newton's method needs the fewest iterations by far. (The axis
+# is logarithmic from 10 on. Where a curve leaves the panel, rounding is all that is
+# left.)
 
 
 def excess_loss(path: list[float]) -> list[float]:
@@ -529,9 +555,9 @@ fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols
 plt.show()
 
 # %%
-# Is it worth it? For one parameter, any of these ends in a moment. What Newton's method
-# gives is that there is nothing to tune, that the end is sharp, and that the curvature
-# is left over: we use it below.
+# Is it worth it? For one parameter, any of these ends in a moment. With Newton's method
+# there is no step size to tune, it ends after a few iterations, and the curvature is
+# left over: we use it below.
 #
 # Before and after
 # ----------------
@@ -543,8 +569,9 @@ torch.testing.assert_close(Z_scaled.argmax(1), Z_test.argmax(1))
 
 # %%
 # How near to zero can the ECE come? Even for a perfect network, the accuracy in a bin
-# of finite size is not equal to its confidence. To see this floor, we draw labels from
-# the scaled network's own probabilities. By these labels it is perfectly calibrated.
+# with few samples is not equal to its confidence. To see this floor, we draw labels
+# from the scaled network's own probabilities. By these labels it is perfectly
+# calibrated.
 
 y_ideal = torch.multinomial(Z_scaled.softmax(1), 1).squeeze(1)
 floor = calibration_error(Z_scaled, y_ideal)
@@ -569,9 +596,11 @@ torch.testing.assert_close(max(after[1] - 0.85 * before[1], 0.0), 0.0)
 # The ECE need not reach the floor. One number can only make the network more or less
 # sure as a whole. It can't mend one that is too sure of some classes and not of others.
 #
-# The reliability diagram draws accuracy against confidence. A calibrated network is on
-# the diagonal. Bars below it: the network is too sure. The dots below show how the
-# samples are distributed over the bins.
+# The **reliability diagram** draws accuracy against confidence. The blue bars of a
+# calibrated network end at the dashed line. Before scaling nearly all end below it: the
+# network is too sure. The orange bars are the gaps that the ECE averages, and the green
+# dots are their weights, :math:`N_b / N`. After scaling, the gaps are small where the
+# weights are large.
 
 
 def draw_reliability(ax: plt.Axes, Z: Tensor, y: Tensor, title: str) -> None:
@@ -613,9 +642,10 @@ plt.show()
 # How far to trust the temperature
 # --------------------------------
 # Another validation set would have given another :math:`w`. By how much would it
-# differ? Where the loss is flat, a little chance moves the minimum far. For N
-# validation samples and the curvature of the **mean** loss at the fitted weight, the
-# standard error of maximum likelihood is
+# differ? Where the loss is flat, a little chance moves the minimum far. The summed loss
+# is a negative log-likelihood, and its curvature at the minimum, :math:`N L''(w)`, is
+# known as the observed Fisher information. Its inverse estimates the variance of a
+# maximum likelihood fit. So for N validation samples, the standard error is
 #
 # .. math::
 #     \sigma_w \approx \frac{1}{\sqrt{N \, L''(w)}} \, .
@@ -645,7 +675,7 @@ torch.testing.assert_close(standard_error, spread, rtol=0.6, atol=0)
 # -------------------
 # The backward pass goes only as far as someone needs a gradient, and BackPACK's V goes
 # with it. ``backpack`` calls its ``extension_hook`` after it has treated a layer. So we
-# can see where it was, with the network trained and with the network frozen.
+# can see where it was, with a network that is to be trained and with a frozen one.
 
 
 def visited_layers(model: nn.Module) -> list[str]:

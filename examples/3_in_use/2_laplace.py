@@ -45,7 +45,8 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Data and network
 # ----------------
 # The data are three bent arms in the plane, 300 samples to train and 1000 to test.
-# All of them lie within a distance of 2 from the origin.
+# All of them lie within a distance of 2 from the origin. The network will have H = 16
+# hidden units.
 
 D, H, C = 2, 16, 3
 
@@ -98,17 +99,18 @@ def make_network() -> nn.Sequential:
 
 
 # %%
-# Training is the search for the most probable parameters. The likelihood of the labels
-# is the softmax of the network's output, the prior is a Gaussian with mean zero and
-# precision :math:`\delta` (its variance is :math:`1 / \delta`). Up to a constant, the
-# negative logarithm of the posterior is
+# Training is the search for the most probable parameters :math:`\theta`. The likelihood
+# of the labels is the softmax of the network's output :math:`f_\theta(x)`, the prior is
+# a Gaussian with mean zero and precision :math:`\delta` (its variance is :math:`1 /
+# \delta`). Up to a constant, the negative logarithm of the posterior is, with the
+# cross-entropy :math:`\ell` of one sample,
 #
 # .. math::
 #     \sum_{n=1}^{N} \ell(f_\theta(x_n), y_n) + \frac{\delta}{2} \| \theta \|^2 .
 #
-# So the prior is weight decay, and the loss is a **sum** over samples. The mean over
-# samples would be the same loss for a prior that is N times as strong. L-BFGS takes us
-# near enough to a minimum to call it one.
+# So the prior is weight decay, and the loss is a **sum** over samples. With the mean in
+# its place, the same weight decay would stand for a prior that is N times as strong.
+# L-BFGS takes us near to a minimum. (How near, we check below.)
 
 network = extend(make_network())
 loss_function = extend(nn.CrossEntropyLoss(reduction="sum"))
@@ -135,7 +137,8 @@ train(delta=1.0)
 
 # %%
 # How sure is the trained network where there are no data? We ask on a circle with
-# radius 10. Whatever the network says there, it can't know.
+# radius 10. Whatever the network says there, it can't know. (Class probabilities for an
+# input are called **predictive**, hence the names of the functions.)
 
 
 def ring(radius: float) -> Tensor:
@@ -172,7 +175,8 @@ for name, X in [("test data", X_test), ("radius 10", ring(10.0))]:
 # it by a Gaussian around the trained parameters :math:`\theta_*`, which has the same
 # curvature there (MacKay, 1992; Daxberger et al., 2021). The curvature of the loss is
 # replaced by its GGN, which has no negative eigenvalue, so that the result is a
-# Gaussian for sure:
+# Gaussian for sure. With the Jacobians :math:`\mathrm{J}_\theta f_n` of the outputs
+# :math:`f_n = f_{\theta_*}(x_n)`, each of shape ``[C, p]`` for p parameters,
 #
 # .. math::
 #     p(\theta \mid \mathcal{D}) \approx
@@ -181,10 +185,10 @@ for name, X in [("test data", X_test), ("radius 10", ring(10.0))]:
 #     G = \sum_{n=1}^{N} (\mathrm{J}_\theta f_n)^\top \,
 #     \nabla^2_f \ell_n \, (\mathrm{J}_\theta f_n) \, .
 #
-# For p parameters, :math:`G` has p² entries. The **diagonal** Laplace approximation
-# keeps p of them, :math:`h = \operatorname{diag}(G)`. Then the parameters are
-# independent, and the variance of the i-th is :math:`1 / (h_i + \delta)`. This is what
-# ``DiagGGNExact`` computes, once it knows our layer.
+# :math:`G` has p² entries. The **diagonal** Laplace approximation keeps p of them,
+# :math:`h = \operatorname{diag}(G)`. Then the parameters are independent, and the
+# variance of the i-th is :math:`1 / (h_i + \delta)`. ``DiagGGNExact`` computes
+# :math:`h`, once it knows our layer.
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
@@ -198,7 +202,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -221,7 +225,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -238,6 +242,11 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
             Square root with respect to the layer's input, shape ``[C, N, *]``.
         """
         return module.weight * V_out
+
+
+# %%
+# Each backward pass gets a fresh object with the extension registered. One that is used
+# again can pick up a V that an earlier pass left behind.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -268,11 +277,21 @@ h = diag_ggn(loss_function, X_train, y_train)
 print(f"p = {len(h)} curvatures, from {h.min():.1e} to {h.max():.1e}")
 
 # %%
+# ``parameters_to_vector`` flattens, and so hides a wrong shape. `BackPACK does not
+# check shapes
+# <../2_any_layer/5_contract_and_traps.html#nothing-checks-what-you-return>`_ either:
+# each extension saves another one, so it stores whatever our method returns. We check
+# that each diagonal has the shape of its parameter.
+
+for parameter in network.parameters():
+    torch.testing.assert_close(parameter.diag_ggn_exact.shape, parameter.shape)
+
+# %%
 # Against autodiff
 # ----------------
-# This network is small, so that we can afford the whole GGN. The witness takes the
-# definition at its word, with Jacobians from ``jacrev``. But ``torch.func`` fails on
-# modules that carry BackPACK's hooks:
+# This network is small, so that we can afford the whole GGN. The witness is the
+# definition above, with Jacobians from ``jacrev``. But ``torch.func`` fails on modules
+# that carry BackPACK's hooks:
 
 try:
     jacrev(network)(X_train[:1])
@@ -282,7 +301,9 @@ else:
     raise RuntimeError("torch.func accepts the hooks. This page is out of date.")
 
 # %%
-# So it gets a twin of the network that is not extended.
+# So it gets a twin of the network that is not extended. The Hessian of cross-entropy is
+# :math:`\nabla^2_f \ell_n = \operatorname{diag}(\pi_n) - \pi_n \pi_n^\top`, with the
+# class probabilities :math:`\pi_n`.
 
 
 def jacobians_by_autodiff(X: Tensor) -> Tensor:
@@ -308,7 +329,8 @@ def full_ggn(X: Tensor) -> Tensor:
 torch.testing.assert_close(h, full_ggn(X_train).diag())
 
 # %%
-# Squares hide the sign of V. So ``backpropagate`` is also compared with a VJP directly.
+# The diagonal is a sum of squares over the columns of V. It hides their signs and their
+# order. So the V that ``backpropagate`` returns is also compared with VJPs directly.
 
 V_out = torch.randn(C, 5, H, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, network[2], None, None, V_out)
@@ -346,7 +368,9 @@ torch.testing.assert_close(ignored, h)
 # %%
 # **Weight decay.** If you add the prior to the loss before you call ``backward``, as
 # our training does, its curvature :math:`\delta` is left out, and this time there is no
-# warning. That is as we want it here: we add :math:`\delta` ourselves, once.
+# warning. (BackPACK warns if the gradient that arrives at the loss is not 1. Adding
+# something does not change it.) That is as we want it here: we add :math:`\delta`
+# ourselves, once.
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -368,7 +392,8 @@ torch.testing.assert_close(ignored, h)
 # \delta) \, d\theta` says how well a prior explains the training labels, without any
 # held-out data. Under the Laplace approximation the integrand is a Gaussian bump: its
 # height is the joint density at :math:`\theta_*`, its volume comes from a determinant.
-# For a diagonal, the determinant is a product, and
+# For a diagonal, the determinant is a product. The powers of :math:`2 \pi` from prior
+# and volume cancel, and
 #
 # .. math::
 #     \log p(\mathcal{D} \mid \delta) \approx
@@ -408,14 +433,18 @@ expected = -loss + prior.log_prob(theta).sum() + log_volume
 torch.testing.assert_close(log_evidence(delta, loss, theta, h), expected)
 
 # %%
-# Set the derivative with respect to :math:`\delta` to zero, and a fixed point comes out
-# (MacKay, 1992). Each summand of :math:`\gamma` lies between 0 and 1, and tells whether
-# the data or the prior decide on parameter i: :math:`\gamma` is the **effective number
-# of parameters**.
+# Hold :math:`\theta_*` and :math:`h` fixed, and set the derivative with respect to
+# :math:`\delta` to zero: :math:`- \|\theta_*\|^2 + p / \delta - \sum_i 1 / (h_i +
+# \delta) = 0`. Multiplied by :math:`\delta`, and with :math:`1 - \delta / (h_i +
+# \delta) = h_i / (h_i + \delta)`, this is a fixed point (MacKay, 1992):
 #
 # .. math::
 #     \delta = \frac{\gamma}{\|\theta_*\|^2} \, , \qquad
 #     \gamma = \sum_{i=1}^{p} \frac{h_i}{h_i + \delta} \, .
+#
+# Each summand of :math:`\gamma` lies between 0 and 1, and tells whether the prior or
+# the data decide on parameter i: :math:`\gamma` is the **effective number of
+# parameters**.
 
 
 def best_prior_precision(delta: float, theta: Tensor, curvatures: Tensor) -> Tensor:
@@ -455,8 +484,8 @@ print(f"effective number of parameters: {(h * variances).sum():.0f} of {len(h)}"
 # %%
 # From here on the network stays as it is. Two checks before we go on. Laplace's method
 # assumes a maximum of the posterior: there, the gradient of the loss and the pull of
-# the prior cancel. And as the parameters have changed, we repeat the comparison with
-# autodiff.
+# the prior cancel, up to where L-BFGS stops: the tolerance is 0.02. And as the
+# parameters have changed, we repeat the comparison with autodiff.
 
 gradient = torch.autograd.grad(
     loss_function(network(X_train), y_train), list(network.parameters())
@@ -472,10 +501,10 @@ torch.testing.assert_close(h, G.diag())
 # ------------------------------
 # Uncertain parameters make uncertain outputs. We linearize the network around the
 # trained parameters, :math:`f_\theta(x) \approx f_{\theta_*}(x) + \mathrm{J}(x) \,
-# (\theta - \theta_*)`. This is the model that the GGN belongs to: its GGN is its
-# Hessian. So the Laplace approximation of the posterior suits it, and often predicts
-# better with it than with the network itself (Immer et al., 2021). We will test that.
-# The logits are then Gaussian, with covariance
+# (\theta - \theta_*)`. This is the model that the GGN belongs to: the GGN of the
+# network is the Hessian of the linearized one. So the Gaussian often predicts better
+# with the linearized network than with the network itself (Immer et al., 2021). We will
+# test that. The logits are then Gaussian, with covariance
 #
 # .. math::
 #     \Sigma(x) = \mathrm{J}(x) \, \operatorname{diag}(h + \delta)^{-1} \,
@@ -496,7 +525,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
         self,
         ext: BatchGrad,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         bp: None,
     ) -> Tensor:
@@ -516,6 +545,10 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
         X = subsample(module.input0, subsampling=subset)
         grad_Z = subsample(g_out[0], subsampling=subset)
         return einsum(grad_Z, X, "n ..., n ... -> n").unsqueeze(-1)
+
+
+# %%
+# It gets its function, too. With ``subsampling``, only some samples are computed.
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
@@ -552,19 +585,25 @@ def jacobians(X: Tensor, subsampling: list[int] | None = None) -> Tensor:
 
 
 # %%
-# ``jacrev`` gives the same, for all samples and for a subset.
+# ``jacrev`` gives the same, for all samples and for a subset. Flattening hides wrong
+# shapes here, too, so we check them.
 
 X = X_test[:7]
 torch.testing.assert_close(jacobians(X), jacobians_by_autodiff(X))
 torch.testing.assert_close(jacobians(X, [4, 0, 2]), jacobians_by_autodiff(X)[[4, 0, 2]])
 print(f"Jacobians: {list(jacobians(X).shape)}")
 
+for parameter in network.parameters():
+    expected = (len(X), *parameter.shape)
+    torch.testing.assert_close(tuple(parameter.grad_batch.shape), expected)
+
 # %%
 # What remains is the mean of the softmax over Gaussian logits. There is a well-known
-# shortcut: divide each logit by :math:`\sqrt{1 + \pi \Sigma_{cc} / 8}`, then take the
-# softmax (the probit approximation). With more than two classes it has a flaw. Suppose
-# that the logits are uncertain only in a number that is added to all of them. Softmax
-# does not depend on such a number. The shortcut still thinks that it matters.
+# shortcut, the probit approximation: divide each logit by :math:`\sqrt{1 + \pi
+# \Sigma_{cc} / 8}` (here :math:`\pi` is the number), then take the softmax. With more
+# than two classes it has a flaw. Suppose that the logits are uncertain only in a number
+# that is added to all of them. Softmax does not depend on such a number. The shortcut
+# still thinks that it matters.
 
 f = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64, device=device)
 shared_variance = 9.0 * torch.ones(C, C, dtype=torch.float64, device=device)
@@ -577,10 +616,10 @@ print(f"softmax {f.softmax(0)[0]:.3f}, samples {by_samples[0]:.3f}", end=", ")
 print(f"shortcut {by_short_cut[0]:.3f}")
 
 # %%
-# So we sample logits, which needs no more than C numbers for each sample, from the full
-# :math:`C \times C` covariance. All inputs share the same 500 standard normal vectors,
-# so that the picture below has no noise from point to point. Half of them are the
-# negatives of the others, so that their mean is exactly zero.
+# So we draw logits at random, with the full :math:`C \times C` covariance. A draw needs
+# no more than C random numbers for each input. All inputs share the same 500 standard
+# normal vectors, so that the picture below has no noise from point to point. Half of
+# them are the negatives of the others, so that their mean is exactly zero.
 
 normal = torch.randn(250, 1, C, dtype=torch.float64, device=device)
 normal = torch.cat([normal, -normal])
@@ -593,7 +632,7 @@ def linearized_predictive(f: Tensor, covariance: Tensor) -> Tensor:
         f: Mean of the logits, shape ``[N, C]``.
         covariance: Covariance of the logits, shape ``[N, C, C]``.
     """
-    root = torch.linalg.cholesky(covariance)
+    root = torch.linalg.cholesky(covariance)  # one [C, C] matrix for each input
     logits = f + einsum(root, normal, "n c k, s n k -> s n c")
     return logits.softmax(-1).mean(0)
 
@@ -659,7 +698,8 @@ for radius in [10.0, 100.0, 1000.0]:
 # %%
 # We check that the mean confidence at radius 10 is lower by at least 0.04, and that the
 # accuracy on test data does not suffer by more than 0.01. (Both held for all 25 seeds
-# that we tried.)
+# that we tried.) We also print the NLL, the mean negative log-likelihood of the test
+# labels, and the mean confidence on test data.
 
 
 def report(name: str, predictive) -> tuple[float, float, float]:
@@ -683,17 +723,18 @@ torch.testing.assert_close(max(laplace_far - (plain_far - 0.04), 0.0), 0.0)
 torch.testing.assert_close(max(plain_accuracy - 0.01 - laplace_accuracy, 0.0), 0.0)
 
 # %%
-# NLL is the mean negative log-likelihood of the test labels. It says that the caution
-# has a price: near the data, the confidence is now lower than the accuracy. Laplace's
-# method helps where there are no data. For calibration near the data, `temperature
-# scaling <1_temperature_scaling.html>`_ is the better tool.
+# The NLL has grown: the caution has a price. Near the data, the confidence is now lower
+# than the accuracy. Laplace's method helps where there are no data. The tool for
+# calibration near the data is `temperature scaling <1_temperature_scaling.html>`_.
 #
 # What the diagonal loses
 # -----------------------
 # The full GGN knows which **combinations** of parameters the data pin down. The
 # diagonal acts as if each parameter could vary on its own. We have the full GGN from
 # the check above, so we can look at the difference. Only the covariance changes, to
-# :math:`\mathrm{J} \, (G + \delta I)^{-1} \, \mathrm{J}^\top`.
+# :math:`\mathrm{J} \, (G + \delta I)^{-1} \, \mathrm{J}^\top`. With the Cholesky factor
+# R, where :math:`R R^\top = G + \delta I`, this is :math:`(R^{-1} \mathrm{J}^\top)^\top
+# (R^{-1} \mathrm{J}^\top)`.
 
 root = torch.linalg.cholesky(G + delta * torch.eye(len(h)).to(G))
 
@@ -737,7 +778,9 @@ torch.testing.assert_close(max(laplace_nll - sampled_nll, 0.0), 0.0)
 # predicts the test labels worse. It reaches to where the linearization does not hold.
 #
 # The left panel follows the mean confidence from the center outward. With the full GGN
-# it falls where the data end. With the diagonal it does not: it is lower everywhere.
+# it falls from where the data end. With the diagonal there is no such fall: it is lower
+# than for the plain network at all distances. The right panel has the colors of the
+# figure above. Away from the data, it is less sure over much of the plane.
 
 radii = torch.linspace(0.2, 12, 30).tolist()
 rings = torch.cat([ring(radius) for radius in radii])
@@ -759,7 +802,7 @@ plt.show()
 # The evidence shows it too. Its log determinant can take the eigenvalues of :math:`G`
 # in the place of :math:`h`. The determinant of a positive definite matrix is at most
 # the product of its diagonal (Hadamard's inequality). So the diagonal **never** gives
-# more evidence than the full GGN, whatever :math:`\delta`.
+# more evidence than the full GGN, whatever :math:`\delta`. We check it at 80 values.
 
 eigenvalues = torch.linalg.eigvalsh(G).clamp(min=0)
 deltas = torch.logspace(-2, 1, 80, dtype=torch.float64, device=device)
@@ -794,8 +837,8 @@ plt.show()
 
 # %%
 # So take the diagonal for what it is. It costs one backward pass and p numbers, it
-# removes blind confidence far away, and its evidence gives a prior without a validation
-# set. It does not tell well where the data are, and it underestimates the evidence. If
+# lowers the confidence far away, and its evidence gives a prior without a validation
+# set. It does not tell well where the data are, and its evidence is too low. If
 # you can afford more, keep more of the matrix: a Kronecker factor for each layer, or
 # the full GGN of the last layer alone.
 #
@@ -804,12 +847,13 @@ plt.show()
 # The GGN diagonal agrees with the diagonal of the full GGN from ``jacrev``, before and
 # after the choice of the prior, and ``backpropagate`` with a VJP. The Jacobians from
 # ``BatchGrad`` agree with ``jacrev``, for all samples and a subset. ``mean`` is N times
-# too small; a factor on the loss and weight decay do not enter the diagonal. The
-# evidence agrees with ``torch.distributions`` and ``logdet``, and its slope is zero at
-# the fixed point. The linearized predictive agrees with samples of parameters, up to
+# too small; a factor on the loss and weight decay do not enter the diagonal. What
+# BackPACK saves has the shapes of the parameters, ``grad_batch`` behind a batch axis.
+# The evidence agrees with ``torch.distributions`` and ``logdet``, and its slope is zero
+# at the fixed point. The linearized predictive agrees with samples of parameters, up to
 # the stated tolerance. At radius 10 the confidence is lower by at least 0.04, and lower
 # still with the full GGN; the accuracy on test data falls by no more than 0.01.
-# Networks that are sampled, not linearized, have a higher NLL.
+# Networks that are sampled, not linearized, have a higher NLL than linearized ones.
 #
 # **Next:** `What it costs <3_cost.html>`_ measures time and memory.
 #
