@@ -1,27 +1,43 @@
-"""What all tests share: progress lines, the summary, and one build of the site."""
+"""What all tests share: progress lines, the summary, and one build of the site.
 
-import threading
+``make test`` runs them in two processes, the *workers* of pytest-xdist. A third one
+starts the workers and reports.
+"""
+
+import os
 import time
 from pathlib import Path
 
 import pages
 import pytest
+from filelock import FileLock
 from repository import Repository
 
+START = time.monotonic()
 
-def pytest_sessionstart(session: pytest.Session) -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     """Let ``pages.progress`` write to the terminal, past what pytest captures."""
-    plugins = session.config.pluginmanager
-    reporter = plugins.get_plugin("terminalreporter")
-    capture = plugins.get_plugin("capturemanager")
-    start, one_at_a_time = time.monotonic(), threading.Lock()
+    capture = config.pluginmanager.get_plugin("capturemanager")
 
     def show(text: str) -> None:
-        minutes, seconds = divmod(int(time.monotonic() - start), 60)
-        with one_at_a_time, capture.global_and_fixture_disabled():
-            reporter.write_line(f"{minutes:4}:{seconds:02}  {text}")
+        minutes, seconds = divmod(int(time.monotonic() - START), 60)
+        with pages.ONE_AT_A_TIME, capture.global_and_fixture_disabled():
+            os.write(2, f"\n{minutes:4}:{seconds:02}  {text}".encode())
 
     pages.TERMINAL.append(show)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what the tests of a worker collected for the end."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["summary"] = pages.SUMMARY
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Take it."""
+    pages.SUMMARY.extend(getattr(node, "workeroutput", {}).get("summary", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -34,13 +50,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """Build the whole site once, in a copy of the repository."""
-    repository = Repository(tmp_path_factory.mktemp("built"))
-    pages.progress("building the site")
-    start = time.monotonic()
-    repository.build = repository.make("html")
-    repository.seconds = time.monotonic() - start
-    assert repository.build.returncode == 0, repository.build.stdout
+    """Build the whole site once, in a copy of the repository.
+
+    The workers share it: no test changes it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    seconds = folder / "seconds"  # written when all is done
+    with FileLock(folder / "lock"):
+        repository = Repository(folder / "built")
+        if not seconds.exists():
+            pages.progress("building the site")
+            start = time.monotonic()
+            build = repository.make("html")
+            assert build.returncode == 0, build.stdout
+            seconds.write_text(str(time.monotonic() - start))
+    repository.seconds = float(seconds.read_text())
     return repository
 
 

@@ -608,7 +608,7 @@ def hunt(page: Path, mutants: dict[str, list[str]], seconds: float) -> Outcome:
                     running[pid] = (key, mutant)
                 else:
                     me.append((key, mutant))
-                    signal.setitimer(signal.ITIMER_REAL, max(20, 4 * seconds))
+                    signal.setitimer(signal.ITIMER_REAL, max(60, 6 * seconds))
                     break
         if me and me[0][0] == key:
             break_method(cls, name, me[0][1])

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -24,8 +25,9 @@ from typing import Any
 
 import matplotlib
 
-# A forked process can't use CUDA. The pages that run as plain scripts can.
-ENVIRONMENT = {**os.environ, "MPLBACKEND": "agg"}
+# A forked process can't use CUDA. The pages that run as plain scripts can. One thread
+# each: several run at the same time, and threads that wait for a core cost the most.
+ENVIRONMENT = {**os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 matplotlib.use("agg")
 
@@ -33,6 +35,7 @@ import backpack.hessianfree.ggnvp  # noqa: E402, F401
 import einops  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(ROOT.glob("examples/**/[0-9]*.py"))
@@ -47,7 +50,8 @@ WARNINGS = (
 )
 
 torch.set_num_threads(1)
-# The first use of these imports hundreds of modules: do it before any fork.
+# The first use of these imports hundreds of modules, as torch._dynamo does, which
+# optimizers and torch.func import when they are used: do it before any fork.
 torch.testing.assert_close(torch.ones(1), torch.ones(1))
 torch.func.vmap(torch.func.grad(torch.sin))(torch.ones(1))
 einops.einsum(torch.ones(1), "n -> ")
@@ -60,6 +64,7 @@ def name_of(page: Path) -> str:
 
 SUMMARY: list[str] = []  # lines to print when all tests are done
 TERMINAL: list[Callable[[str], None]] = [print]  # conftest.py adds the real one
+ONE_AT_A_TIME = threading.Lock()
 
 
 def progress(text: str) -> None:

@@ -65,8 +65,10 @@ class Repository:
     """A copy of the repository, with an environment that needs no installation."""
 
     def __init__(self, folder: Path):
-        """Copy what git tracks or would track."""
+        """Copy what git tracks or would track, unless the copy is there."""
         self.folder = folder
+        if (folder / ".venv").exists():
+            return
         command = ["git", "ls-files", "-z", "-c", "-o", "--exclude-standard"]
         files = subprocess.check_output(command, cwd=ROOT, text=True)
         for name in filter(None, files.split("\0")):

@@ -52,98 +52,6 @@ def good_build(repository: Repository, pages_run: int | None = None) -> str:
 
 
 # ---------------------------------------------------------------------------
-# The real pages
-# ---------------------------------------------------------------------------
-def with_mutant(source: str) -> str | None:
-    """Scale the result of the first method of an extension by 1.01, if there is one."""
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef) or "Module(" in ast.unparse(node)[:60]:
-            continue
-        bases = " ".join(map(ast.unparse, node.bases))
-        if not re.search(r"Extension|Derivatives|DiagGGN", bases):
-            continue
-        for method in node.body:
-            is_method = isinstance(method, ast.FunctionDef)
-            if is_method and method.name != "__init__" and "bias" != method.name:
-                last = method.body[-1]
-                computes = isinstance(last, ast.Return) and not isinstance(
-                    last.value, ast.Constant
-                )
-                if computes and "self" not in ast.unparse(last):
-                    lines = source.splitlines(keepends=True)
-                    start, end = last.lineno - 1, last.end_lineno
-                    indent = " " * last.col_offset
-                    wrong = f"{indent}return 1.01 * ({ast.unparse(last.value)})\n"
-                    return "".join([*lines[:start], wrong, *lines[end:]])
-    return None
-
-
-def test_mutants_fail_the_build_and_are_named(built, tmp_path):
-    """A mutant on each page stops the build; without them the next build works.
-
-    The second build runs the pages anew, so it must give the same site as the first.
-    """
-    before = shutil.copytree(built.html, tmp_path / "before")
-    mutated = {page: with_mutant(page.read_text()) for page in PAGES}
-    mutated = {page: source for page, source in mutated.items() if source}
-    assert len(mutated) >= len(PAGES) - 2  # two pages have no extension
-    for page, source in mutated.items():
-        built.page(page).write_text(source)
-    pages.progress(f"building with a mutant on each of {len(mutated)} pages")
-    failed = built.make("html")
-    assert failed.returncode != 0
-    assert not built.html.exists(), "a broken site could be published"
-    for page in mutated:
-        assert f"{name_of(page)}.py" in failed.stdout, failed.stdout[-5000:]
-    assert failed.stdout.count("AssertionError") >= len(mutated)
-    assert "not close" in failed.stdout
-
-    for page in mutated:
-        built.page(page).write_text(page.read_text())
-    pages.progress("building without the mutants")
-    good_build(built, len(mutated))
-    assert differences(before, built.html) == []
-
-
-def differences(before, after) -> list[str]:
-    """Return the files of two sites that differ, measured times left out."""
-    measured = [name.split("/")[-1] for name in MEASURED]
-
-    def content(folder):
-        return {
-            str(path.relative_to(folder)): re.sub(RUN_TIME, b"", path.read_bytes())
-            for path in folder.rglob("*")
-            if path.is_file() and not any(name in path.name for name in measured)
-        }
-
-    first, second = content(before), content(after)
-    names = first.keys() | second.keys()
-    shows_times = {"searchindex.js"}  # it holds the words of the measured pages
-    return sorted(n for n in names - shows_times if first.get(n) != second.get(n))
-
-
-def test_what_a_second_build_costs(built):
-    """Nothing changed: no page runs. One page edited: that page runs."""
-
-    def ratio(pages_run: int) -> str:
-        start = time.monotonic()
-        good_build(built, pages_run)
-        return f"{(time.monotonic() - start) / built.seconds:.3f}"
-
-    pages.SUMMARY.append(f"unchanged build: {ratio(0)} of the time of a clean one")
-    page = built.page(PAGES[0])
-    page.write_text(page.read_text() + "\n# The end.\n")
-    pages.SUMMARY.append(f"one page edited: {ratio(1)} of the time of a clean one")
-
-
-def test_size(built):
-    """The whole site is under 12 MB."""
-    size = sum(p.stat().st_size for p in built.html.rglob("*") if p.is_file())
-    pages.SUMMARY.append(f"size of the site: {size / 1e6:.1f} MB")
-    assert size < 12e6
-
-
-# ---------------------------------------------------------------------------
 # Stubs: what is run again
 # ---------------------------------------------------------------------------
 def test_what_changes_is_run_again(stubs):
@@ -334,3 +242,101 @@ def test_old_python(stubs, tmp_path):
     result = stubs.make("html", f"PYTHON={old}")
     assert result.returncode != 0
     assert "Python 3.11 or newer is needed" in result.stdout
+
+
+# ---------------------------------------------------------------------------
+# The real pages
+# ---------------------------------------------------------------------------
+def with_mutant(source: str) -> str | None:
+    """Scale the result of the first method of an extension by 1.01, if there is one."""
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef) or "Module(" in ast.unparse(node)[:60]:
+            continue
+        bases = " ".join(map(ast.unparse, node.bases))
+        if not re.search(r"Extension|Derivatives|DiagGGN", bases):
+            continue
+        for method in node.body:
+            is_method = isinstance(method, ast.FunctionDef)
+            if is_method and method.name != "__init__" and "bias" != method.name:
+                last = method.body[-1]
+                computes = isinstance(last, ast.Return) and not isinstance(
+                    last.value, ast.Constant
+                )
+                if computes and "self" not in ast.unparse(last):
+                    lines = source.splitlines(keepends=True)
+                    start, end = last.lineno - 1, last.end_lineno
+                    indent = " " * last.col_offset
+                    wrong = f"{indent}return 1.01 * ({ast.unparse(last.value)})\n"
+                    return "".join([*lines[:start], wrong, *lines[end:]])
+    return None
+
+
+@pytest.fixture(scope="module")
+def copied(built, tmp_path_factory) -> Repository:
+    """Copy the built site with its repository, to build it anew."""
+    folder = tmp_path_factory.mktemp("copied") / "site"
+    return Repository(shutil.copytree(built.folder, folder, symlinks=True))
+
+
+def test_mutants_fail_the_build_and_are_named(copied, built):
+    """A mutant on each page stops the build; without them the next build works.
+
+    The second build runs the pages anew, so it must give the same site as the first.
+    """
+    mutated = {page: with_mutant(page.read_text()) for page in PAGES}
+    mutated = {page: source for page, source in mutated.items() if source}
+    assert len(mutated) >= len(PAGES) - 2  # two pages have no extension
+    for page, source in mutated.items():
+        copied.page(page).write_text(source)
+    pages.progress(f"building with a mutant on each of {len(mutated)} pages")
+    failed = copied.make("html")
+    assert failed.returncode != 0
+    assert not copied.html.exists(), "a broken site could be published"
+    for page in mutated:
+        assert f"{name_of(page)}.py" in failed.stdout, failed.stdout[-5000:]
+    assert failed.stdout.count("AssertionError") >= len(mutated)
+    assert "not close" in failed.stdout
+
+    for page in mutated:
+        copied.page(page).write_text(page.read_text())
+    pages.progress("building without the mutants")
+    good_build(copied, len(mutated))
+    assert differences(built.html, copied.html) == []
+
+
+def differences(before, after) -> list[str]:
+    """Return the files of two sites that differ, measured times left out."""
+    measured = [name.split("/")[-1] for name in MEASURED]
+
+    def content(folder):
+        return {
+            str(path.relative_to(folder)): re.sub(RUN_TIME, b"", path.read_bytes())
+            for path in folder.rglob("*")
+            if path.is_file() and not any(name in path.name for name in measured)
+        }
+
+    first, second = content(before), content(after)
+    names = first.keys() | second.keys()
+    shows_times = {"searchindex.js"}  # it holds the words of the measured pages
+    return sorted(n for n in names - shows_times if first.get(n) != second.get(n))
+
+
+def test_what_a_second_build_costs(copied, built):
+    """Nothing changed: no page runs. One page edited: that page runs."""
+
+    def ratio(pages_run: int) -> str:
+        start = time.monotonic()
+        good_build(copied, pages_run)
+        return f"{(time.monotonic() - start) / built.seconds:.3f}"
+
+    pages.SUMMARY.append(f"unchanged build: {ratio(0)} of the time of a clean one")
+    page = copied.page(PAGES[0])
+    page.write_text(page.read_text() + "\n# The end.\n")
+    pages.SUMMARY.append(f"one page edited: {ratio(1)} of the time of a clean one")
+
+
+def test_size(built):
+    """The whole site is under 12 MB."""
+    size = sum(p.stat().st_size for p in built.html.rglob("*") if p.is_file())
+    pages.SUMMARY.append(f"size of the site: {size / 1e6:.1f} MB")
+    assert size < 12e6

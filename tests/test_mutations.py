@@ -12,16 +12,6 @@ import pages
 import pytest
 from pages import PAGES, ROOT, name_of
 
-# Mutants that can't be noticed: page, method, mutant, and why.
-EXCLUDED: dict[tuple[str, str, str], str] = {
-    (
-        "1_scale_module/4_ggn_diagonal",
-        "CountingDiagGGNExact.backpropagate",
-        "negated",
-    ): "it counts and returns what its parent does, whose sign the page checks; here"
-    " the sign of V can't show, since what is compared is a square",
-}
-
 HOW_CHECKED = ROOT / "docs" / "how_checked.rst"
 NUMBERS: dict[str, Counter] = {}
 COLUMNS = {
@@ -50,28 +40,23 @@ def test_every_mutant_fails_its_page(page):
     made = sum(map(len, plan.values()))
     assert len(hunt.value) == made
 
-    survivors, excluded = [f"{key}: never called" for key in uncalled], set()
-    for result in hunt.value:
-        method = result["method"].rsplit(":")[0]
-        if result["outcome"] != "killed":
-            if (name_of(page), method, result["mutant"]) in EXCLUDED:
-                excluded.add((name_of(page), method, result["mutant"]))
-            else:
-                survivors.append("{method}: {mutant}: {outcome} {how}".format(**result))
+    survivors = [f"{key}: never called" for key in uncalled] + [
+        "{method}: {mutant}: {outcome} {how}".format(**result)
+        for result in hunt.value
+        if result["outcome"] != "killed"
+    ]
     outcomes = Counter(result["outcome"] for result in hunt.value)
     NUMBERS[name_of(page)] = numbers = Counter(
         methods=len(methods),
-        made=made - len(excluded),
+        made=made,
         failed=outcomes["killed"],
         by_check=sum("AssertionError" in result["how"] for result in hunt.value),
-        no_effect=sum(len(methods[key]["no effect"]) for key in plan) + len(excluded),
+        no_effect=sum(len(methods[key]["no effect"]) for key in plan),
     )
     pages.progress(
         f"{name_of(page):40} {numbers['failed']:4} of {numbers['made']:4} mutants"
     )
     assert not survivors, "the page passes with these mutants:\n" + "\n".join(survivors)
-    unused = {key for key in EXCLUDED if key[0] == name_of(page)} - excluded
-    assert not unused, f"excluded without need: {unused}"
 
 
 WEAK_PAGE = """
