@@ -15,11 +15,11 @@ We will:
 
 You should know how to write a ``torch.nn.Module`` and how to call ``backward``. You
 need not know anything about BackPACK. It computes quantities that PyTorch's
-``backward`` does not. Each kind is requested with an object called an **extension**.
-First-order extensions use gradients only; ``BatchGrad``, for one, computes individual
-gradients, one for each sample of a batch. Second-order extensions use curvature;
-``DiagGGNExact``, for one, computes the diagonal of the generalized Gauss-Newton matrix
-(GGN).
+``backward`` does not. Each quantity is requested with an object called an
+**extension**. First-order extensions use gradients only; ``BatchGrad``, for one,
+computes individual gradients, one for each sample of a batch. Second-order extensions
+use curvature; ``DiagGGNExact``, for one, computes the diagonal of the generalized
+Gauss-Newton matrix (GGN).
 """
 
 import warnings
@@ -114,8 +114,8 @@ print(f"scale.output: {list(scale.output.shape)}")
 
 # %%
 # The name ``input0`` ends in a number because a module may take several inputs. In the
-# backward pass, the backward hook runs all active extensions, and after that it removes
-# what was stored, to free the memory.
+# backward pass, the backward hook runs all active extensions (so far there are none),
+# and after that it removes what was stored, to free the memory.
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -221,7 +221,7 @@ with warnings.catch_warnings(record=True) as caught:
         loss_function(model(X), y).backward()
 
 texts = [str(warning.message) for warning in caught]
-[message] = [text for text in texts if "does not have an extension" in text]  # one
+[message] = [t for t in texts if "does not have an extension" in t]  # exactly one
 print(f"UserWarning: {message}")
 
 # %%
@@ -234,7 +234,7 @@ for name, parameter in model.named_parameters():
     print(f"{name:>8}  grad: {list(parameter.grad.shape)!s:6}  grad_batch: {shape}")
 
 # %%
-# Asking for them raises an error that does not name the cause.
+# Asking for the missing ones raises an error that does not name the cause.
 
 try:
     print(model[1].weight.grad_batch)
@@ -303,12 +303,12 @@ else:
 # %%
 # What was verified
 # -----------------
-# The layer doubles its input. A forward pass leaves ``input0`` and ``output`` on
-# an extended module, and they hold the right tensors; a backward pass removes them. For
-# a layer that BackPACK does not know, ``BatchGrad`` warns and leaves no ``grad_batch``,
-# and ``DiagGGNExact`` raises ``NotImplementedError``. Without parameters, only the
-# second complains. All of this happened when this page was built. Should a future
-# BackPACK treat unknown layers differently, the build fails here.
+# The layer doubles its input. A forward pass leaves ``input0`` and ``output`` on an
+# extended module, and they hold the right tensors; a backward pass removes them. For a
+# layer that BackPACK does not know, ``BatchGrad`` warns and leaves no ``grad_batch``,
+# and ``DiagGGNExact`` raises ``NotImplementedError``. Without parameters, only
+# ``DiagGGNExact`` complains. All of this happened when this page was built. Should a
+# future BackPACK treat unknown layers differently, the build fails here.
 #
 # **Next:** `Individual gradients <2_individual_gradients.html>`_ makes the warning go
 # away.

@@ -249,14 +249,14 @@ for n, (step, end) in enumerate(zip(steps, sums, strict=True)):
     ax.hlines(end, n - 0.4, n + 1.4, color="0.3", linewidth=0.8)  # to the next one
 ax.bar(N, scale.weight.grad.item(), color="C1", label="gradient (.grad)")
 ax.axhline(0, color="black", linewidth=0.8)
-ax.use_sticky_edges = False
+ax.use_sticky_edges = False  # leaves a margin below the lowest bar
 ax.autoscale_view()
 ax.set_xticks(range(N + 1), [f"$g_{{{n}}}$" for n in range(1, N + 1)] + ["sum"])
 ax.set_xlabel("sample")
 ax.set_ylabel("sum so far")
 ax.set_title("Individual gradients of the scale weight add up to .grad")
 handles, labels = ax.get_legend_handles_labels()
-legend = dict(zip(labels, handles, strict=True))
+legend = dict(zip(labels, handles, strict=True))  # each label once
 fig.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
 plt.show()
 
@@ -417,8 +417,8 @@ def make_network(place: str, input_shape: tuple[int, ...]) -> nn.Sequential:
 # %%
 # The witnesses run before ``extend`` touches the network, because ``torch.func`` cannot
 # run through BackPACK's hooks. Then BackPACK computes all samples, and after that only
-# samples 4, 0 and 2, in this order. The factor :math:`r` stays :math:`1/N` for a
-# subset.
+# samples 4, 0 and 2 (counted from 0), in this order. The factor :math:`r` stays
+# :math:`1/N` for a subset.
 
 
 def check(make_extension, place: str, input_shape: tuple[int, ...], reduction: str):

@@ -178,7 +178,7 @@ torch.testing.assert_close(S @ S.T, loss_hessian)
 # cross-entropy does not need.)
 
 loss_function = extend(nn.CrossEntropyLoss())
-loss_function(f.unsqueeze(0).requires_grad_(), y.unsqueeze(0))
+loss_function(f.unsqueeze(0), y.unsqueeze(0))
 S_backpack = CrossEntropyLossDerivatives().sqrt_hessian(loss_function, None, None)
 
 print(f"S in BackPACK: {list(S_backpack.shape)}")
@@ -201,24 +201,34 @@ torch.testing.assert_close(V @ V.T, G)
 print(f"V {list(V.shape)}: one row per parameter, one column per class")
 
 # %%
-# What do the columns mean? Column :math:`c` of :math:`S` is :math:`-\sqrt{\pi_c}` times
-# the gradient of the loss **if the label were** :math:`c`. So column :math:`c` of V is
-# that gradient with respect to the parameters, times the same factor:
+# What do the columns mean? **If the label were** :math:`c`, the gradient of the loss
+# with respect to the output would be :math:`\pi - e_c`, with the unit vector
+# :math:`e_c`. Column :math:`c` of :math:`S` is this gradient times a factor:
+#
+# .. math::
+#     S_{:, c} = \sqrt{\pi_c} \, (e_c - \pi)
+#     = -\sqrt{\pi_c} \; \nabla_f \, \ell(f, c) \, .
+
+labels = torch.arange(C, device=device)
+
+
+def losses(f: Tensor) -> Tensor:
+    """Return the loss of the output ``f`` for each possible label, shape ``[C]``."""
+    return vmap(loss, (None, 0))(f, labels)
+
+
+torch.testing.assert_close(S, -(pi.sqrt() * jacrev(losses)(f).T))
+
+# %%
+# Multiply with the transposed Jacobian: column :math:`c` of V is the gradient with
+# respect to the parameters, times the same factor.
 #
 # .. math::
 #     V_{:, c} = -\sqrt{\pi_c} \; g_c \, ,
 #     \qquad
 #     g_c = \nabla_\theta \, \ell(f_\theta(x), c) \, .
 
-labels = torch.arange(C, device=device)
-
-
-def losses(theta: Tensor) -> Tensor:
-    """Return the loss for each possible label, shape ``[C]``."""
-    return vmap(loss, (None, 0))(network(theta, x), labels)
-
-
-gradients = jacrev(losses)(theta)  # one row per label
+gradients = jacrev(lambda theta: losses(network(theta, x)))(theta)  # a row per label
 torch.testing.assert_close(V, -(pi.sqrt() * gradients.T))
 
 # %%
@@ -401,9 +411,10 @@ torch.testing.assert_close(w * V_x[2], V_x[1])
 # %%
 # A batch
 # -------
-# With :math:`N` samples, the loss is a sum over samples. No output of one sample
-# depends on another, so the GGN is a sum, too: :math:`G = \sum_n G_n`. We compare with
-# the definition, applied to the whole batch and all its :math:`N C` outputs.
+# With :math:`N` samples and ``reduction="sum"``, the loss is a sum over samples. No
+# output of one sample depends on another, so the GGN is a sum, too:
+# :math:`G = \sum_n G_n`. We compare with the definition, applied to the whole batch and
+# all its :math:`N C` outputs.
 
 N = 5
 X = torch.randn(N, D, dtype=torch.float64, device=device)
@@ -429,17 +440,19 @@ G_batch = ggn_of_batch("sum")
 torch.testing.assert_close(vmap(ggn)(X, Y).sum(0), G_batch)
 
 # %%
-# Each sample has C columns, so V of the batch has :math:`N C`. The diagonal for the
-# scale weight is
+# Each sample has C columns, so V of the batch has :math:`N C`. At the output of a
+# layer, the columns of one sample are zero for all other samples. The zeros are not
+# stored: BackPACK keeps ``[C, N, *]``, columns first, then samples, then the axes
+# of one sample, here H features. The diagonal for the scale weight is
 #
 # .. math::
 #     \operatorname{diag}(G)_w =
 #     \sum_{n=1}^{N} \sum_{c=1}^{C}
-#     \Big( \sum_{d} x_{nd} \, V_{cnd} \Big)^2 \, .
+#     \Big( \sum_{d} x_{nd} \, V_\text{out}[c, n, d] \Big)^2 \, .
 #
-# Here :math:`x_n` is the input of the scale module for sample :math:`n`, and the V of
-# all samples is stored as BackPACK stores it: columns first, then samples, then
-# features. We build V from S and the transposed Jacobian of layer 3, its weight matrix.
+# Here :math:`x_n` is the input of the scale module for sample :math:`n`. We build
+# :math:`V_\text{out}` from S and the Jacobian of layer 3 with respect to its input, the
+# weight matrix.
 
 expected = G_batch[sizes[0], sizes[0]]
 theta_1, theta_2, theta_3 = theta.split(sizes)
@@ -494,10 +507,10 @@ second_term = einsum(loss_gradient, hessian(network)(theta, x), "c, c i j -> i j
 torch.testing.assert_close(full_hessian, G + second_term)
 
 # %%
-# They agree if the network is linear in its parameters. Our network as a whole is not,
-# but it is linear in the scale weight alone, and in the last layer's parameters
-# alone. So the blocks of these two agree. The block of the first layer, which the
-# sigmoid makes nonlinear, does not.
+# Hessian and GGN agree if the network is linear in its parameters. Our network as a
+# whole is not, but it is linear in the scale weight alone, and in the last layer's
+# parameters alone. So the blocks of these two agree. The block of the first layer,
+# which the sigmoid makes nonlinear, does not.
 
 blocks = dict(zip([1, 2, 3], torch.arange(p).split(sizes), strict=True))
 for k, block in blocks.items():
@@ -535,6 +548,7 @@ for ax, title, matrix in zip(
     ax.set(title=title, xlabel="parameters of layer")
     ax.set_xticks(middles, blocks)
     ax.set_yticks(middles, blocks)
+axes[0].set_ylabel("parameters of layer")
 fig.colorbar(image, ax=axes, shrink=0.8, label="second derivative")
 plt.show()
 

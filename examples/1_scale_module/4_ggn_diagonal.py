@@ -168,7 +168,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 # over the batch. "Exact" means that V has all C columns; other extensions sample a few.
 #
 # A layer without parameters needs ``backpropagate`` alone. If ``backpropagate`` is
-# missing, `the layers before do not get their V
+# missing, the layers before do not get their V, and `BackPACK raises an AssertionError
 # <../2_any_layer/5_contract_and_traps.html>`_.
 #
 # Each method against a VJP
@@ -179,11 +179,40 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 # this check also sees a wrong sign, which the squares of the GGN diagonal hide. (A
 # wrong sign does harm where two branches of a network meet and their V is added up.)
 #
-# The witness for ``backpropagate`` is the VJP with respect to the input; ``vmap`` runs
-# it for each of the C columns. The layer's ``forward`` is called directly, because
-# ``torch.func`` cannot run through BackPACK's hooks.
+# The witness for ``weight`` is the VJP with respect to the parameter, for each column
+# and each sample. It needs the output as a function of the weight, so ``weight * x`` is
+# written out.
 
-N, T, D, C = 5, 2, 3, 4
+N, T, D, C = 5, 6, 3, 4
+
+
+def weight_vjps(layer: ScaleModule, X: Tensor, V_out: Tensor) -> Tensor:
+    """Multiply V with the transposed Jacobian with respect to the parameter.
+
+    Args:
+        layer: The layer, of which only the weight is used.
+        X: Its input, shape ``[N, *]``.
+        V_out: V at its output, shape ``[C, N, *]``.
+
+    Returns:
+        V for the parameter, shape ``[C, N, 1]``.
+    """
+
+    def vjps_of_sample(x, v):
+        def output(weight):
+            return weight * x
+
+        _, vjp = torch.func.vjp(output, layer.weight.detach())
+        return torch.func.vmap(vjp)(v)[0]
+
+    return torch.func.vmap(vjps_of_sample, in_dims=(0, 1), out_dims=1)(X, V_out)
+
+
+# %%
+# Then come the squares, then the sum. The witness for ``backpropagate`` is the VJP with
+# respect to the input; ``vmap`` runs it for each of the C columns. The layer's
+# ``forward`` is called directly, because ``torch.func`` cannot run through BackPACK's
+# hooks.
 
 
 def compare_by_hand(module_extension: ModuleExtension, *axes: int) -> None:
@@ -201,40 +230,13 @@ def compare_by_hand(module_extension: ModuleExtension, *axes: int) -> None:
     V_out = torch.randn(C, N, *axes, dtype=torch.float64, device=device)
     layer(X)
 
-    _, input_vjp = torch.func.vjp(layer.forward, X)
-    V_in = module_extension.backpropagate(None, layer, None, None, V_out)
-    torch.testing.assert_close(V_in, torch.func.vmap(input_vjp)(V_out)[0])
-
     diagonal = module_extension.weight(None, layer, None, None, V_out)
     V_w = weight_vjps(layer, X, V_out)
     torch.testing.assert_close(diagonal, V_w.square().sum((0, 1)))
 
-
-# %%
-# The witness for ``weight`` is the VJP with respect to the parameter, for each column
-# and each sample. Then come the squares, then the sum.
-
-
-def weight_vjps(layer: ScaleModule, X: Tensor, V_out: Tensor) -> Tensor:
-    """Multiply V with the transposed Jacobian with respect to the parameter.
-
-    Args:
-        layer: The layer.
-        X: Its input, shape ``[N, *]``.
-        V_out: V at its output, shape ``[C, N, *]``.
-
-    Returns:
-        V for the parameter, shape ``[C, N, 1]``.
-    """
-
-    def vjps_of_sample(x, v):
-        def output(weight):
-            return weight * x
-
-        _, vjp = torch.func.vjp(output, layer.weight.detach())
-        return torch.func.vmap(vjp)(v)[0]
-
-    return torch.func.vmap(vjps_of_sample, in_dims=(0, 1), out_dims=1)(X, V_out)
+    V_in = module_extension.backpropagate(None, layer, None, None, V_out)
+    _, input_vjp = torch.func.vjp(layer.forward, X)
+    torch.testing.assert_close(V_in, torch.func.vmap(input_vjp)(V_out)[0])
 
 
 compare_by_hand(ScaleModuleDiagGGNExact(), D)
@@ -307,7 +309,7 @@ with backpack(make_diag_ggn(PrintingDiagGGNExact)):
 diag_backpack = [parameter.diag_ggn_exact for parameter in model.parameters()]
 
 # %%
-# The same class by hand, for sequences: V gets the axis of the T = 2 steps, too.
+# The same class by hand, for sequences: V gets the axis of the T = 6 steps, too.
 
 compare_by_hand(PrintingDiagGGNExact(), T, D)
 
@@ -357,9 +359,9 @@ print(f"{len(expected)} diagonal entries agree")
 
 # %%
 # The reduction of the loss enters through V. With ``"mean"``, the loss and its Hessian
-# are divided by :math:`N`, so S is divided by :math:`\sqrt{N}`, and the diagonal is the
-# mean over the samples' diagonals. With ``"sum"`` it is their sum. (Like
-# ``grad_batch``, ``diag_ggn_exact`` is replaced by each backward pass.)
+# are divided by :math:`N`, so :math:`S` is divided by :math:`\sqrt{N}`, and the
+# diagonal is the mean over the samples' diagonals. With ``"sum"`` it is their sum.
+# (Like ``grad_batch``, ``diag_ggn_exact`` is replaced by each backward pass.)
 
 summed_loss_function = extend(nn.CrossEntropyLoss(reduction="sum"))
 with backpack(make_diag_ggn()):
@@ -417,7 +419,8 @@ def make_network(name: str, input_shape: tuple[int, ...]) -> nn.Sequential:
 # :math:`w` would go unnoticed.
 #
 # A frozen scale module must get no GGN diagonal, but V must still pass through it. To
-# be sure that ``backpropagate`` runs, we count.
+# be sure that ``backpropagate`` runs, we count. The class that counts must agree with
+# VJPs, too.
 
 
 class CountingDiagGGNExact(ScaleModuleDiagGGNExact):
@@ -430,6 +433,8 @@ class CountingDiagGGNExact(ScaleModuleDiagGGNExact):
         CountingDiagGGNExact.calls += 1
         return super().backpropagate(ext, module, g_inp, g_out, V_out)
 
+
+compare_by_hand(CountingDiagGGNExact(), T, D)
 
 # %%
 # One function holds the whole comparison. It takes the module extension as an argument,
@@ -564,9 +569,9 @@ for wrong in [WrongFactor, WrongSign, WrongOrder]:
 
 # %%
 # With the layer first, the wrong ``backpropagate`` passes, because it is never called.
-# The wrong sign passes in both networks; only the comparison by hand sees it. So each
-# mistake needs its check, and this page has them all. Should one stop to work, the
-# build fails here.
+# The wrong sign passes in both networks; only the comparison by hand sees it. The
+# networks, in turn, test what no call by hand can: the registration, and V as BackPACK
+# sends it. Should a check notice less than it does now, the build fails here.
 
 not_noticed = {key for key, noticed in caught.items() if not noticed}
 expected = {("WrongFactor", "first"), ("WrongSign", "first"), ("WrongSign", "middle")}
