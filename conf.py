@@ -89,8 +89,9 @@ def prepare_page(gallery_conf, fname, when):
     page_filters.enter_context(warnings.catch_warnings(action="error"))
     warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
     # As Python does: a deprecation matters here only if the page's own code causes it.
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+    for kind in [DeprecationWarning, FutureWarning]:
+        warnings.filterwarnings("ignore", category=kind)
+        warnings.filterwarnings("error", category=kind, module="__main__")
     plt.style.use("petroff10")  # colors that color-blind readers can tell apart
     plt.rcParams.update(
         {

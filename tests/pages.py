@@ -47,6 +47,8 @@ WARNINGS = (
     "ignore:Full backward hook is firing:UserWarning",
     "ignore::DeprecationWarning",
     "error::DeprecationWarning:__main__",
+    "ignore::FutureWarning",
+    "error::FutureWarning:__main__",
 )
 
 torch.set_num_threads(1)
