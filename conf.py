@@ -1,6 +1,7 @@
 """Sphinx configuration; the Makefile says how it is called."""
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -151,7 +152,8 @@ ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
-html_static_path = ["docs/_static", str(MATHJAX)]
+# A relative path, since Sphinx writes a hash of it into the site.
+html_static_path = ["docs/_static", os.path.relpath(MATHJAX, ROOT)]
 html_css_files = ["custom.css"]
 html_js_files = ["wide-math.js"]
 html_favicon = "docs/_static/favicon.svg"
@@ -204,13 +206,24 @@ def describe_page(app, pagename, templatename, context, doctree):
 
 def link_notebook(text, stem):
     """Let the links of a notebook lead to the site or, if it has none, to notebooks."""
-    if html_baseurl:
-        [page] = [p for p in html_context["reading_order"] if p.endswith(f"/{stem}")]
-        here = f"{html_baseurl}{page}.html"
-        link = r"\]\(([\w./]+\.html(?:#[\w-]+)?|#[\w-]+)\)"
-        return re.sub(link, lambda match: f"]({urljoin(here, match[1])})", text)
-    text = re.sub(r"\[([^]]*)\]\(#[\w-]+\)", r"\1", text)
-    return re.sub(r"\]\(([\w./]+)\.html(#[\w-]+)?\)", r"](\1.ipynb)", text)
+    [page] = [p for p in html_context["reading_order"] if p.endswith(f"/{stem}")]
+    here = f"{html_baseurl}{page}.html"
+
+    def lead(match):
+        words, target = match.groups()
+        if html_baseurl:
+            return f"[{words}]({urljoin(here, target)})"
+        if target.startswith("#"):  # Jupyter's programs don't agree on names of anchors
+            return words
+        return f"[{words}]({target.split('.html')[0]}.ipynb)"
+
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            source = "".join(cell["source"])
+            link = r"\[([^]]*)\]\(((?!\w+:)[\w./]+\.html(?:#[\w-]+)?|#[\w-]+)\)"
+            cell["source"] = re.sub(link, lead, source).splitlines(keepends=True)
+    return json.dumps(notebook, indent=2)
 
 
 def finish_site(app, exception):
