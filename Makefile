@@ -31,7 +31,7 @@ test: venv-tests  ## Run the tests; T=mutations runs tests/test_mutations.py alo
 	@if [ -n "$(T)" ] && [ ! -e "tests/test_$(T).py" ]; then \
 	echo "No tests/test_$(T).py. T is one of:" \
 	$(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py)); exit 2; fi
-	$(IN_VENV) -m pytest $(if $(T),tests/test_$(T).py,-n 2 --dist loadfile tests)
+	$(IN_VENV) -m pytest $(if $(T),tests/test_$(T).py,-n 3 --dist loadfile tests)
 
 # Everything that one page needs, in a folder of its own: the site is left alone.
 FOUND = $(wildcard examples/*/$(PAGE).py examples/$(PAGE).py)

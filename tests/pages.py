@@ -7,6 +7,7 @@ next one. One thread a process, since a pool of threads does not survive a fork.
 
 import builtins
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -57,6 +58,9 @@ torch.set_num_threads(1)
 torch.testing.assert_close(torch.ones(1), torch.ones(1))
 torch.func.vmap(torch.func.grad(torch.sin))(torch.ones(1))
 einops.einsum(torch.ones(1), "n -> ")
+# All of this stays: the garbage collector of a forked process need not look at it. To
+# look at it would copy the memory that it lies in.
+gc.freeze()
 
 
 def name_of(page: Path) -> str:
