@@ -14,6 +14,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 from docutils import nodes
 from PIL import Image
 from sphinx.addnodes import download_reference
+from sphinx.errors import ConfigError
 from sphinx.ext.intersphinx import InventoryAdapter
 
 ROOT = Path(__file__).parent
@@ -146,14 +147,15 @@ exclude_patterns += [
 # branch gh-pages holds the site. GitHub's workflows set it. Without it, there are no
 # buttons that open Colab, and the addresses in previews and sitemap are relative.
 REPOSITORY = os.environ.get("GITHUB_REPOSITORY", "")
+if REPOSITORY and not re.fullmatch(r"[\w.-]+/[\w.-]+", REPOSITORY):
+    raise ConfigError(f"GITHUB_REPOSITORY is {REPOSITORY!r}, but must be owner/name.")
 html_baseurl = REPOSITORY and "https://{}.github.io/{}/".format(*REPOSITORY.split("/"))
 ogp_site_url = html_baseurl
 ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image" />']
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
-# A relative path, since Sphinx writes a hash of it into the site.
-html_static_path = ["docs/_static", os.path.relpath(MATHJAX, ROOT)]
+html_static_path = ["docs/_static", str(MATHJAX)]
 html_css_files = ["custom.css"]
 html_js_files = ["wide-math.js"]
 html_favicon = "docs/_static/favicon.svg"
@@ -172,6 +174,8 @@ html_theme_options = {
     "footer_end": [],
     "back_to_top_button": False,
 }
+if REPOSITORY:
+    html_theme_options["github_url"] = f"https://github.com/{REPOSITORY}"
 html_context = {
     "default_mode": "auto",  # as the reader's system: light or dark
     "repository": REPOSITORY,

@@ -1,6 +1,6 @@
 """What all tests share: progress lines, the summary, and one build of the site.
 
-``make test`` runs them in three processes, the *workers* of pytest-xdist. A fourth one
+``make test`` runs them in two processes, the *workers* of pytest-xdist. A third one
 starts the workers and reports.
 """
 

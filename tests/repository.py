@@ -54,7 +54,7 @@ print("the stub ran")
 # ---------
 # A sentence.
 
-fig, ax = plt.subplots()
+fig, ax = plt.subplots(figsize=(2, 1))
 ax.plot([0, 1], color="C0")
 ax.set_title("A line")
 plt.show()

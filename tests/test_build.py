@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from urllib.parse import urljoin
 from xml.etree import ElementTree
 
@@ -20,10 +21,7 @@ import pytest
 from bs4 import BeautifulSoup
 from pages import PAGES, ROOT, name_of
 from repository import ISOLATED, Repository, title_of
-from test_pages import MEASURED
-
-# A page's run time stands at its end. It differs from build to build.
-RUN_TIME = rb"Total running time of the script.*"
+from test_pages import lines
 
 
 def count_of_pages_run(output: str) -> int:
@@ -85,6 +83,9 @@ def test_renamed_page_leaves_nothing_behind(stubs):
 
 def test_published_address(stubs):
     """One value, the repository, puts addresses and launch buttons into the site."""
+    build = stubs.make("html", GITHUB_REPOSITORY="layers")
+    assert build.returncode != 0
+    assert "GITHUB_REPOSITORY is 'layers', but must be owner/name" in build.stdout
     for repository in ["someone/layers", ""]:
         home = "https://someone.github.io/layers/" if repository else ""
         build = stubs.make("html", GITHUB_REPOSITORY=repository)
@@ -304,21 +305,30 @@ def test_mutants_fail_the_build_and_are_named(copied, built):
     assert differences(built.html, copied.html) == []
 
 
-def differences(before, after) -> list[str]:
-    """Return the files of two sites that differ, measured times left out."""
-    measured = [name.split("/")[-1] for name in MEASURED]
+def differences(before: Path, after: Path) -> list[str]:
+    """Return the files of two sites that differ, measured times left out.
 
-    def content(folder):
-        return {
-            str(path.relative_to(folder)): re.sub(RUN_TIME, b"", path.read_bytes())
-            for path in folder.rglob("*")
-            if path.is_file() and not any(name in path.name for name in measured)
-        }
+    Times are in the figures of one page, in the lines of output that ``MEASURED``
+    names, in the run time at the end of each page, and as words in the search index.
+    In ``.buildinfo`` is a hash of the configuration, to which the folder belongs.
+    """
+
+    def content(folder: Path) -> dict[str, bytes | list[str]]:
+        files = {}
+        for path in filter(Path.is_file, folder.rglob("*")):
+            files[str(path.relative_to(folder))] = path.read_bytes()
+        for page in PAGES:
+            name = f"gallery/{name_of(page)}.html"
+            text = re.sub(r"Total running time.*|<[^>]+>", "", files[name].decode())
+            files[name] = lines(text, page)
+        return files
 
     first, second = content(before), content(after)
-    names = first.keys() | second.keys()
-    shows_times = {"searchindex.js"}  # it holds the words of the measured pages
-    return sorted(n for n in names - shows_times if first.get(n) != second.get(n))
+    different = {
+        n for n in first.keys() | second.keys() if first.get(n) != second.get(n)
+    }
+    may_differ = re.compile(r"\.buildinfo|searchindex\.js|_images/.*3_cost_.*png")
+    return sorted(name for name in different if not may_differ.fullmatch(name))
 
 
 def test_what_a_second_build_costs(copied, built):
