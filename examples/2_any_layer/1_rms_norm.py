@@ -11,8 +11,9 @@ We will:
 1. derive the two vector-Jacobian products (VJPs) of RMSNorm, one for its parameter and
    one for its input, and evaluate both against ``torch.func``;
 2. turn them into extensions for ``BatchGrad`` and ``DiagGGNExact``;
-3. check them first, in the middle and last in a network, for inputs ``[N, D]`` and
-   ``[N, T, D]``, and look at the ways from ``[N, T, D]`` to a cross-entropy loss;
+3. check them with the layer first, in the middle and last in a network, for inputs
+   ``[N, D]`` and ``[N, T, D]``, and look at the ways from ``[N, T, D]`` to a
+   cross-entropy loss;
 4. add a bias, because layers have several parameters;
 5. get the same VJPs by automatic differentiation, for any layer, and see the price.
 
@@ -220,6 +221,7 @@ print("Both VJPs agree with torch.func.")
 # Individual gradients
 # --------------------
 # ``BatchGrad`` needs the VJP for the weight, for the samples that the user asked for.
+# ``params`` is an argument because a subclass will add a bias.
 
 
 class RMSNormBatchGrad(FirstOrderModuleExtension):
@@ -286,14 +288,14 @@ def make_batch_grad(
 # its diagonal for the weight is
 #
 # .. math::
-#     (V_w)_{cnd} = \sum_{t=1}^{T} V_{cntd} \, u_{ntd} , \qquad
-#     \mathrm{diag}(G)_d = \sum_{n=1}^{N} \sum_{c=1}^{C} (V_w)_{cnd}^2 .
+#     (V_w)_{cnd} = \sum_{t=1}^{T} V_{cntd} \, u_{ntd} , \qquad \mathrm{diag}(G)_d =
+#     \sum_n \sum_c (V_w)_{cnd}^2 .
 #
 # Mind the order of sums and square. The sum over **t** belongs to the VJP of one sample
 # and comes before the square. The sums over **n** and **c** come after it.
 #
 # (For the scale module the input had to come first in the ``einsum``, for speed. With
-# the axis ``d`` in the result this is not so.)
+# the axis ``d`` in the result, V may come first.)
 
 
 class RMSNormDiagGGNExact(ModuleExtension):
@@ -355,7 +357,7 @@ def make_diag_ggn(
 
 
 # %%
-# ``backpropagate`` returns a V that only ever gets squared, so a wrong sign in it would
+# In our networks V only ever gets squared, so a wrong sign in ``backpropagate`` would
 # not change any diagonal. We therefore look at V itself once. After a forward pass, an
 # extended layer holds its input, and we can call the method ourselves.
 
@@ -421,8 +423,8 @@ def ggn_diagonal_of_sample(
 # ``backpropagate``: the layers before ours get a right diagonal only if the V that we
 # send them is right.
 #
-# The witnesses take each sample's own loss. With ``"mean"`` BackPACK keeps the factor
-# 1 / N in its results, so both witnesses are multiplied by it, as ``r``. The second run
+# The witnesses take each sample's own loss. With ``"mean"`` BackPACK keeps the factor 1
+# / N in its results, so both witnesses are multiplied by it, as ``r``. The second pass
 # asks for the samples 4, 0 and 2 only: fewer than all, and not in order, so that a
 # method that ignores the subset is noticed.
 
@@ -545,8 +547,8 @@ else:
 # -------------------------
 # There are three common ways from ``[N, T, D]`` to a cross-entropy loss, and all work
 # in BackPACK. They differ in the number of columns of V, which is the number of logits
-# per sample: C for a plain classifier, and T * C if each step has C logits. To see it,
-# a subclass prints the shape of V and then does the same as before.
+# per sample: C after a last linear layer, and T times the features of a step without
+# one. To see it, a subclass prints the shape of V and then does the same as before.
 
 
 class TellingDiagGGNExact(RMSNormDiagGGNExact):
@@ -680,7 +682,7 @@ else:
 
 # %%
 # So we register the subclass. In its extensions ``weight`` and ``backpropagate`` are
-# inherited. The last run of ``check`` asks for three samples, which is why
+# inherited. The last backward pass in ``check`` asks for three samples, so
 # ``grad_batch`` has three rows in the end.
 
 both_parameters = [
@@ -711,8 +713,8 @@ for name, parameter in model[1].named_parameters():
 #
 # One obstacle: the layer is extended, so calling it runs BackPACK's hooks, which would
 # overwrite the stored input. ``forward`` goes around the hooks, but
-# ``functional_call``, which we need below, calls a module as a whole. So we give it a
-# wrapper that calls ``forward``.
+# ``functional_call``, which we need below, calls a module with its hooks. So we give it
+# a wrapper that calls ``forward``.
 
 
 class WithoutHooks(nn.Module):
@@ -885,7 +887,7 @@ class MixSteps(nn.Module):
         return self.gain * einsum(self.matrix, X, "s t, n t d -> n s d")
 
 
-model = make_network("middle", (T, D), lambda D: MixSteps(T))
+model = make_network("middle", (T, D), lambda _: MixSteps(T))
 check(model, "sum", X, targets, MixSteps, *by_autodiff(["matrix", "gain"]))
 
 for name, parameter in model[1].named_parameters():
@@ -895,11 +897,11 @@ for name, parameter in model[1].named_parameters():
 # %%
 # What the shortcut costs
 # -----------------------
-# ``vjp`` runs the layer's forward pass again for each product, and then works through
-# its graph one operation at a time. We time the methods alone, called by hand as above,
-# in float32. Formula and autodiff take turns, and who is first alternates. Printed is
-# how many times as long autodiff takes: the median, and the quartiles, which say how
-# far to trust it.
+# ``vjp`` runs the layer's forward pass again in each call of a method, and then works
+# through its graph one operation at a time. We time the methods alone, called by hand
+# as above, in float32. Formula and autodiff take turns, and who is first alternates.
+# Printed is how many times as long autodiff takes: the median, and the quartiles, which
+# say how far to trust it.
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -947,7 +949,7 @@ for extension, pair, name in [
 # %%
 # Autodiff pays for the forward pass and for setting up ``vjp`` and ``vmap``, much the
 # same for each method. So the ratio is large where the formula takes little time. It
-# falls where the products with V take most of it, as in large layers.
+# falls where the products with V take most of the time, as in large layers.
 #
 # Autodiff makes a good first version of an extension: within its limits it is right if
 # the forward pass is. And it is the witness for the formula that you write afterwards,

@@ -120,7 +120,7 @@ class ScaleModule(nn.Module):
 #   squared norm of each, ``SumGradSquared`` the sum over samples of their squares, and
 #   ``Variance`` their variance over samples;
 # - GGN: its diagonal (``DiagGGNExact``), the diagonal for each sample
-#   (``BatchDiagGGNExact``) and its square root (``SqrtGGNExact``), and the same three
+#   (``BatchDiagGGNExact``) and the square root V (``SqrtGGNExact``), and the same three
 #   from Monte-Carlo samples (``MC`` in place of ``Exact``);
 # - Hessian: its diagonal (``DiagHessian``), also for each sample
 #   (``BatchDiagHessian``);
@@ -150,8 +150,8 @@ class ScaleModule(nn.Module):
 # - ``_jac_mat_prod``: :math:`\mathrm{J}_x u`, forward through the layer;
 # - ``_weight_jac_mat_prod``: :math:`\mathrm{J}_w u`, from the parameter to the output;
 # - ``ea_jac_t_mat_jac_prod``: :math:`\frac{1}{N} \sum_n (\mathrm{J}_x z_n)^\top M \,
-#   \mathrm{J}_x z_n` with a square matrix :math:`M`, for KFRA and HBP (``ea`` stands
-#   for expectation approximation);
+#   \mathrm{J}_x z_n` with a square matrix :math:`\bar{H}`, for KFRA and HBP (``ea``
+#   stands for expectation approximation);
 # - ``hessian_is_zero``: is the output linear in the input?
 #
 # The derivatives class
@@ -201,8 +201,8 @@ class ScaleModuleDerivatives(BaseParameterDerivatives):
 
 
 # %%
-# (BackPACK has a class of the same name for a module of its own that has no parameter.
-# It is not used here.)
+# (BackPACK has a ``ScaleModuleDerivatives`` for its own ``ScaleModule``, which has no
+# parameter. It is not used here.)
 #
 # Each method against autodiff
 # ----------------------------
@@ -434,6 +434,7 @@ class ScaleModuleHBP(HBPBaseModule):
             raise NotImplementedError("ScaleModule: parameter Jacobian not averaged.")
         d, io = self.derivatives, (module, g_inp, g_out)
         if BackpropStrategy.is_batch_average(ext.get_backprop_strategy()):
+            # J_w times 1, that is x_n, [1, N, *]; then H x_n; then x_n^T H x_n
             J_w = d.weight_jac_mat_prod(*io, torch.ones(1, 1).to(module.weight))
             H_J_w = einsum(backproped, J_w.flatten(2), "i j, k n j -> k n i")
             H_J_w = H_J_w.view_as(J_w)
@@ -547,9 +548,9 @@ def make_extension(
 # Networks to test with
 # ---------------------
 # Two networks, each with two scale modules: in the first a linear layer comes before
-# both, so that what goes through them is seen there; the second takes
-# ``[N, T, D]``. Both have a nonlinear layer, so that the Hessian is not the GGN. From
-# each we take the scale weights, and the bias before them: vectors, whose blocks are
+# both, so that what goes through them is seen there; the second takes ``[N, T, D]``.
+# Both have a nonlinear layer, so that the Hessian is not the GGN. We take the scale
+# weights, and in the first network the bias before them: vectors, whose blocks are
 # small.
 
 
@@ -594,7 +595,7 @@ class Case:
     S: dict = field(default_factory=dict)
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return one sample's loss in the total; ``output`` has shape ``[C]``."""
+        """Return one sample's share of the total loss; ``output`` has shape ``[C]``."""
         r = {"mean": 1 / len(self.X), "sum": 1.0}[self.reduction]
         return r * nn.functional.cross_entropy(output, y)
 
@@ -678,7 +679,8 @@ def ask_autodiff(case: Case, name: str) -> Witness:
 
 
 # %%
-# Both networks, with both reductions, make four cases.
+# Both networks, with both reductions, make four cases, with 3 + 3 + 2 + 2 = 10
+# parameters to compare.
 
 
 def make_case(kind: str, reduction: str, activation=nn.Tanh, samples: int = N) -> Case:
@@ -771,9 +773,9 @@ if not asked.any(0).all():
 # %%
 # First order needs only :math:`\mathrm{J}_w^\top`; the GGN, KFAC and KFLR also
 # :math:`\mathrm{J}_x^\top`; the Hessian diagonal adds ``hessian_is_zero``. ``KFRA`` and
-# ``HBP`` replace :math:`\mathrm{J}_x^\top` by the average and add
-# :math:`\mathrm{J}_w`; the matrix products need all four products with one Jacobian.
-# Of these five, all but ``GGNMP`` also ask ``hessian_is_zero``.
+# ``HBP`` replace :math:`\mathrm{J}_x^\top` by the average and add :math:`\mathrm{J}_w`;
+# the matrix products need all four products with one Jacobian. KFRA, HBP, HMP and PCHMP
+# also ask ``hessian_is_zero`` (KFRA, as it shares its code with HBP).
 
 transposed = {"_jac_t_mat_prod", "_weight_jac_t_mat_prod"}
 others = [i for i, method in enumerate(methods) if method not in transposed]
@@ -838,11 +840,11 @@ print(f"variance of the samples' own gradients: {own_variance.item():.2e}")
 # %%
 # The GGN, exact and sampled
 # --------------------------
-# With a square root of the loss Hessian, :math:`S S^\top`, the GGN block of a sample is
-# :math:`V V^\top` with :math:`V = \mathrm{J}^\top S`. The six GGN extensions and KFLR
-# and KFAC show V in several forms. The exact ones use the S from `The GGN and its
-# diagonal, derived <../1_scale_module/3_ggn_derivation.html>`_. The MC ones draw M
-# labels :math:`y` from the softmax :math:`\pi` of the output. With the one-hot vector
+# With :math:`S S^\top` for the loss Hessian, the GGN block of a sample is :math:`V
+# V^\top` with :math:`V = \mathrm{J}^\top S`. The six GGN extensions and KFLR and KFAC
+# show V in several forms. The exact ones use the S from `The GGN and its diagonal,
+# derived <../1_scale_module/3_ggn_derivation.html>`_. The MC ones draw M labels
+# :math:`y` from the softmax :math:`\pi` of the output. With the one-hot vector
 # :math:`e_y` (1 at entry :math:`y`, else 0), the columns of S are :math:`\sqrt{r / M}
 # \, (\pi - e_y)`.
 #
@@ -884,7 +886,7 @@ S_exact, S_mc, H_loss = last.S["exact"], last.S["mc"], loss_hessians(last)
 square = einsum(S_mc, S_mc, "k n c, k n d -> n c d")
 error = (square - H_loss).norm() / H_loss.norm()
 print(f"S: {list(S_exact.shape)}, sampled: {list(S_mc.shape)}")
-print(f"With 3 samples, the square of the sampled S is off by {error:.0%}.")
+print(f"With 3 labels per sample, S S^T is off by {error:.0%}.")
 
 # %%
 # Both are what we said. We compare the exact one with its formula, :math:`S = \sqrt{r}
@@ -1063,9 +1065,9 @@ check(BatchDiagHessian, lambda case, name: diagonal(case.witness[name].hessian))
 # %%
 # Now the assumption from above, that the output is linear in the parameter. Take a
 # layer that breaks it, :math:`z_n = e^w x_n`, with :math:`\mathrm{J}_x z_n = e^w I_D`
-# and :math:`\mathrm{J}_w z_n = e^w x_n`. Our layer will stand first, so these two
-# extensions need only the product with :math:`\mathrm{J}_w^\top`, and the new method
-# computes it as it should.
+# and :math:`\mathrm{J}_w z_n = e^w x_n`. This layer will stand first, so
+# ``DiagGGNExact`` and ``DiagHessian`` need only the product with
+# :math:`\mathrm{J}_w^\top`, and the new method computes it as it should.
 
 
 class ExpScaleModule(ScaleModule):
@@ -1112,13 +1114,14 @@ print(f"by autodiff {(results[DiagHessian] + missing).item():.4f}")
 # Kronecker factors
 # -----------------
 # ``KFLR`` and ``KFAC`` were done with the GGN. ``KFRA`` and ``HBP`` average at each
-# layer, from the loss :math:`\bar{H} = \sum_n \nabla^2 \ell_n` back to the input:
-# :math:`\bar{H} \leftarrow \frac{1}{N} \sum_n \mathrm{J}_n^\top \bar{H} \mathrm{J}_n`.
-# ``HBP`` adds, at each layer, the second derivatives of that layer weighted
-# with the gradient of its output and summed over the batch (only the products with
-# Jacobians are averaged). The witness takes the same steps with Jacobians and
-# Hessians from ``torch.func``, layer by layer. For these it needs each layer as a
-# function of one flat sample and of the layer's parameters.
+# layer, from the loss, :math:`\bar{H} = \sum_n \nabla^2_{f_n} L` with the Hessians of the
+# total loss with respect to each sample's output, back to the input, with the layer's
+# Jacobian :math:`\mathrm{J}_n` at sample n: :math:`\bar{H} \leftarrow \frac{1}{N}
+# \sum_n \mathrm{J}_n^\top \bar{H} \mathrm{J}_n`. ``HBP`` adds, at each layer, the
+# second derivatives of that layer weighted with the gradient of its output and summed
+# over the batch (only the products with Jacobians are averaged). The witness takes the
+# same steps with Jacobians and Hessians from ``torch.func``, layer by layer. For these
+# it needs each layer as a function of one flat sample and of the layer's parameters.
 
 
 def flat_function(layer: nn.Module, shape: torch.Size) -> Callable:
@@ -1261,8 +1264,8 @@ print(message_of(TypeError, lambda: make_extension(DiagGGNExact, subsampling=sub
 
 # %%
 # **Kronecker factors of a linear layer** exist only if its input has the shape ``[N,
-# D]``. In our networks it has. With a sequence, ours would work, but not the linear
-# layer.
+# D]``. In our networks it has. With a sequence the scale module would work, but not the
+# linear layer.
 
 model = nn.Sequential(ScaleModule(), nn.Linear(D, C), nn.Flatten()).to(**options)
 case = Case("[N, T, D]", "mean", model, cases[2].X, cases[2].y)
@@ -1272,7 +1275,8 @@ print(message_of(NotImplementedError, lambda: run(case, make_extension(KFLR))))
 # **The diagonal of the Hessian and HBP** know second derivatives of elementwise layers
 # only. A layer that is nonlinear in its input and not elementwise is refused. (If
 # ``hessian_is_zero`` says no, BackPACK asks the class for ``hessian_is_diagonal``,
-# which is true of elementwise layers.)
+# which is true of elementwise layers. Here the scale module claims that both are
+# false.)
 
 curved = ScaleModuleDerivatives()
 curved.hessian_is_zero = curved.hessian_is_diagonal = lambda module: False
@@ -1302,9 +1306,9 @@ case = Case("[N, T, D]", "mean", model, cases[2].X, cases[2].y)
 print(message_of(NotImplementedError, lambda: run(case, make_extension(HBP, **chen))))
 
 # %%
-# **PCHMP** is wrong behind a ``Tanh`` in BackPACK 1.7.1, without our layer and without
-# an error: it multiplies the second derivatives twice with the gradient :math:`\delta`
-# of the layer's output. One sample shows it.
+# **PCHMP** is wrong for parameters before a ``Tanh`` in BackPACK 1.7.1, without our
+# layer and without an error: it multiplies the second derivatives twice with the
+# gradient :math:`\delta` of the layer's output. One sample shows it.
 
 model = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, C)).to(**options)
 case = Case("[N, D]", "sum", model, cases[0].X[:1], cases[0].y[:1])
@@ -1358,7 +1362,7 @@ for extension_class in build_module_extension:
 # to rounding given the labels that they drew, and their error falls with the slope
 # :math:`-1/2`. The limits were provoked: errors for subsets, Kronecker factors, second
 # derivatives and averaged Jacobians; wrong numbers for a nonlinear parameter, a second
-# forward pass, and PCHMP behind a ``Tanh``.
+# forward pass, and PCHMP before a ``Tanh``.
 #
 # **Next:** `A residual block: ReZero <3_residual.html>`_ puts the scale module on a
 # branch.

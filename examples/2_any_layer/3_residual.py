@@ -137,9 +137,9 @@ def make_diag_ggn() -> DiagGGNExact:
 #     \qquad \Rightarrow \qquad
 #     V_x = (\mathrm{J}_x z)^\top V_z = V_z + (\mathrm{J}_x F)^\top \, \alpha V_z .
 #
-# Read from right to left: at the sum, :math:`V_z` goes into both branches unchanged.
-# Each branch sends it through its own layers. At the fork, where both branches took the
-# same :math:`x`, the results are **added**.
+# So, going backward: at the sum, :math:`V_z` goes into both branches unchanged. Each
+# branch sends it through its own layers. At the fork, where both branches took the same
+# :math:`x`, the results are **added**.
 #
 # The demonstration is for one sample, where V is a matrix with its columns last, as in
 # the formula. For a batch BackPACK puts the columns first: ``[C, N, D]``.
@@ -225,11 +225,11 @@ plt.show()
 # %%
 # The block, made of modules
 # --------------------------
-# PyTorch adds gradients at a fork by itself. For V this is BackPACK's work, and
-# BackPACK only sees modules. So the **sum** must be a module, ``SumModule``, which
-# copies V to its summands. The fork needs none, as we will see. ``Parallel`` saves us a
-# ``forward``: it gives its input to each of its branches and sends what they return to
-# a ``SumModule``. The identity is a branch as well, ``nn.Identity``.
+# PyTorch takes gradients through a sum and a fork by itself. For V this is BackPACK's
+# work, and BackPACK only sees modules. So the **sum** must be a module, ``SumModule``,
+# which copies V to its summands. The fork needs none, as we will see. ``Parallel``
+# saves us a ``forward``: it gives its input to each of its branches and sends what they
+# return to a ``SumModule``. The identity is a branch as well, ``nn.Identity``.
 
 
 class ReZero(Parallel):
@@ -262,7 +262,8 @@ torch.testing.assert_close(combined, A + B)
 # %%
 # ``nn.Identity`` returns :math:`x` itself, so its output has the address of the fork.
 # Its V is still not counted twice: BackPACK takes V away from the address of a layer's
-# output before it stores the result at the address of the input.
+# output before it stores the result at the address of the input. (If V of the other
+# branch comes first, it is added there, and the identity passes on the sum.)
 
 print(f"same address: {nn.Identity()(A).data_ptr() == A.data_ptr()}")
 
@@ -345,8 +346,8 @@ def ggn_diagonal_of_sample(
 # One function runs the witnesses, then extends the model, and then lets BackPACK
 # compute all that was asked for. It compares every parameter of the network.
 #
-# The witnesses take each sample's own loss. With ``"mean"`` BackPACK keeps the factor
-# 1 / N in its results, so both are multiplied by it, as ``r``. The second run asks
+# The witnesses take each sample's own loss. With ``"mean"`` BackPACK keeps the factor 1
+# / N in its results, so both are multiplied by it, as ``r``. The second pass asks
 # ``BatchGrad`` for the samples 4, 0 and 2 only: fewer than all, and not in order, so
 # that a method that ignores the subset is noticed.
 
@@ -506,9 +507,10 @@ else:
 
 # %%
 # The last linear layer stored its V under the address of :math:`z`. The next module on
-# the way back is the scale module. It asks for the V of its own output, the summand
-# :math:`\alpha F(x)`, which is another tensor. A ``SumModule`` would have copied V from
-# :math:`z` to its summands; the ``+`` has no hook and did nothing.
+# the way back is the scale module. (The block's own hook runs after those inside.) It
+# asks for the V of its own output, the summand :math:`\alpha F(x)`, which is another
+# tensor. A ``SumModule`` would have copied V from :math:`z` to its summands; the ``+``
+# has no hook and did nothing.
 #
 # Is it enough to replace the ``+`` by a ``SumModule``? No: BackPACK gets further, and
 # then reaches the block itself, which has hooks and no extension.

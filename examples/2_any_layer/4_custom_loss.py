@@ -18,9 +18,9 @@ We will:
 You should know how V goes through a network:
 `The GGN and its diagonal, derived <../1_scale_module/3_ggn_derivation.html>`_ and
 `The GGN diagonal, backpropagated <../1_scale_module/4_ggn_diagonal.html>`_. The
-letters: N samples, D features, C entries of the network's output for each sample. S and
-V have their columns along the first axis, so S has shape ``[C, N, C]``: column, sample,
-entry.
+letters: N samples, D features, C entries of the network's output for each sample; r is
+the residual. S and V have their columns along the first axis, so S has shape
+``[C, N, C]``: column, sample, entry.
 """
 
 import math
@@ -53,9 +53,9 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #     s = \sqrt{1 + \frac{\lVert r \rVert^2}{\delta^2}} , \qquad
 #     r = f - y .
 #
-# The number :math:`\delta` says where near ends. We choose this loss for two reasons:
-# its Hessian couples all entries of the output, and it depends on the target. For the
-# square loss neither is the case.
+# The number :math:`\delta` says how far "near" reaches. We choose this loss for two
+# reasons: its Hessian couples all entries of the output, and depends on the target. For
+# the square loss neither is the case.
 #
 # For second order, a loss must inherit from ``_Loss``, the base class of PyTorch's
 # losses. We will see why.
@@ -364,9 +364,9 @@ def make_diag_ggn(
 # Check S alone
 # -------------
 # The module extension can be called by hand, after a forward pass of the extended loss.
-# :math:`S S^\top` is summed over the columns, the first axis. To compare S itself, and
-# not only its square, we use that ours is the *principal* root: symmetric, with
-# positive eigenvalues. There is one such root, and an eigendecomposition finds it.
+# In :math:`S S^\top` the sum runs over the columns, the first axis. To compare S
+# itself, and not only its square, we use that ours is the *principal* root: symmetric,
+# with positive eigenvalues. There is one such root, and an eigendecomposition finds it.
 
 
 def principal_root(H: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ def principal_root(H: Tensor) -> Tensor:
 
 for reduction, factor in {"mean": 1 / N, "sum": 1.0}.items():
     loss_function = extend(PseudoHuberLoss(delta, reduction))
-    loss_function(output.requires_grad_(), target)
+    loss_function(output, target)
     module_extension = PseudoHuberLossDiagGGNExact()
     S_returned = module_extension.backpropagate(None, loss_function, None, None, None)
 
@@ -633,9 +633,9 @@ torch.testing.assert_close(S_weighted, rearrange(expected, "n c k -> k n c"))
 # If you have no closed form for S, let ``torch.func`` compute the Hessian of each
 # sample's loss, a small ``[C, C]`` matrix, and take its principal root. This costs
 # more. It works for any convex loss of two inputs that treats samples separately. With
-# ``"mean"``, the loss of a batch must be the mean of what the loss gives for each of
-# its samples, as a batch of one. ``module.forward`` goes around BackPACK's hooks, which
-# would overwrite the stored inputs.
+# ``"mean"``, the loss of a batch must be the mean of the losses of its samples, each
+# taken as a batch of one. ``module.forward`` goes around BackPACK's hooks, which would
+# overwrite the stored inputs.
 #
 # Rounding can turn an eigenvalue of zero into a small negative number. So the class
 # accepts, in each sample, negative eigenvalues up to ``1e-6`` of the largest, and sets
@@ -649,7 +649,7 @@ class ConvexLossDiagGGNExact(ModuleExtension):
         """Compute the principal root S of the Hessian, shape ``[C, N, C]``.
 
         Raises:
-            ValueError: If the Hessian of a sample has a negative eigenvalue.
+            ValueError: If an eigenvalue of a Hessian is negative beyond rounding.
         """
 
         def loss_of_sample(output: Tensor, target: Tensor) -> Tensor:
