@@ -1114,14 +1114,16 @@ print(f"by autodiff {(results[DiagHessian] + missing).item():.4f}")
 # Kronecker factors
 # -----------------
 # ``KFLR`` and ``KFAC`` were done with the GGN. ``KFRA`` and ``HBP`` average at each
-# layer, from the loss, :math:`\bar{H} = \sum_n \nabla^2_{f_n} L` with the Hessians of the
-# total loss with respect to each sample's output, back to the input, with the layer's
-# Jacobian :math:`\mathrm{J}_n` at sample n: :math:`\bar{H} \leftarrow \frac{1}{N}
-# \sum_n \mathrm{J}_n^\top \bar{H} \mathrm{J}_n`. ``HBP`` adds, at each layer, the
-# second derivatives of that layer weighted with the gradient of its output and summed
-# over the batch (only the products with Jacobians are averaged). The witness takes the
-# same steps with Jacobians and Hessians from ``torch.func``, layer by layer. For these
-# it needs each layer as a function of one flat sample and of the layer's parameters.
+# layer. They start with :math:`\bar{H} = \sum_n \nabla^2_{f_n} L`, the Hessians of the
+# total loss with respect to each sample's output. On the way back to the input, each
+# layer turns it into :math:`\bar{H} \leftarrow \frac{1}{N} \sum_n \mathrm{J}_n^\top
+# \bar{H} \mathrm{J}_n`, with its Jacobian :math:`\mathrm{J}_n` at sample n.
+#
+# ``HBP`` adds, at each layer, the second derivatives of that layer weighted with the
+# gradient of its output and summed over the batch (only the products with Jacobians are
+# averaged). The witness takes the same steps with Jacobians and Hessians from
+# ``torch.func``, layer by layer. For these it needs each layer as a function of one
+# flat sample and of the layer's parameters.
 
 
 def flat_function(layer: nn.Module, shape: torch.Size) -> Callable:
