@@ -462,7 +462,8 @@ class Result:
 
 # %%
 # The comparison is ``torch.testing.assert_close``, within ``1e-8`` of the largest
-# number of the right answer. (The bound 1e-4 is for right answers that are all zero.)
+# number of the right answer. (It is taken as 1e-4 at least, for right answers that are
+# zero.)
 
 TOLERANCE = 1e-8
 
@@ -617,8 +618,10 @@ def neutral(tensor: Tensor) -> tuple[Tensor, str]:
 
 
 # %%
-# Each mistake is tried in both ways: everywhere, and in the backward pass only. The
-# text in parentheses tells the two apart. If both fit, one is reported.
+# Each of them (but for the transpose) is tried in both ways: in both passes,
+# ``everywhere``, and in the backward pass only. The text in parentheses tells the two
+# apart. If both fit, one is reported. (A swap in the backward pass reaches tensors that
+# were saved as they are. If the layer saved ``gain * X``, the other way fits instead.)
 
 
 @cache
@@ -713,7 +716,7 @@ def wrong_batch_grad(method: Method, case: Case) -> dict[str, Tensor]:
 
 
 # %%
-# Some of them confuse T and D.
+# Some of them treat T and D differently.
 
 
 def split_features(products: Tensor, case: Case) -> Tensor:
@@ -1134,7 +1137,7 @@ class Network:
 
     @cached_property
     def J(self) -> dict[str, Tensor]:
-        """Return Jacobians ``[N, C, p]`` for all parameters and for the input."""
+        """Return Jacobians ``[N, C, p]`` for parameters and input of p entries."""
         values = {name: p.detach() for name, p in self.net.named_parameters()}
 
         def forward(X: Tensor, *parameters: Tensor) -> Tensor:
@@ -1518,8 +1521,8 @@ def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
 # layer ``first``; first, with a gradient for the ``input``; in the ``middle``;
 # ``last``; two ``copies`` side by side; a ``subset``; one sample; and ``frozen``
 # parameters. ``mean`` and ``sum`` are the loss's reductions. A row ``backpropagate``
-# compares the GGN diagonal of the layers before, and of the input if it requires a
-# gradient.
+# compares the GGN diagonal of all other layers, and of the input if it requires a
+# gradient. (In ``first`` all of them come behind ours, so there it tests nothing.)
 
 report = check(MY_LAYER)
 print(report)
@@ -1581,7 +1584,7 @@ class ScaledLinearBatchGrad(FirstOrderModuleExtension):
         super().__init__(params=["weight", "bias", "gain"])
 
     def inputs(self, ext, module, g_out) -> tuple[Tensor, Tensor]:
-        """Return input and output gradient, ``[S, *, D]``, of the S active samples."""
+        """Return input and gradient, ``[S, *, D]``, of the S samples asked for."""
         subset = ext.get_subsampling()
         return subsample(module.input0, subsampling=subset), subsample(
             g_out[0], subsampling=subset
@@ -1736,7 +1739,7 @@ class WrongInPlace(ScaledLinearDiagGGNExact):
     """Wrong on purpose: V_out still belongs to ``backpropagate``."""
 
     def bias(self, ext, module, g_inp, g_out, V_out) -> Tensor:
-        """Square V_out in place, for a layer without T."""
+        """Return the right result, but square V_out in place."""
         result = super().bias(ext, module, g_inp, g_out, V_out)
         V_out.square_()
         return result
@@ -1911,9 +1914,9 @@ plt.show()
 # A single setting is not enough. ``Factor`` and ``SumFirst`` pass with a batch of one
 # sample. ``Subset`` shows only where a subset is asked for, ``Memory`` only where two
 # layers share an extension. ``SquareFirst`` passes with the layer last and a squared
-# error: there, each column of V has one entry per sample, so there is nothing to sum.
-# No network finds the lost sign, as squares hide it: for this, ``backpropagate`` must
-# be called by hand.
+# error: there, each column of V has one nonzero entry per sample, so there is nothing
+# to sum. No network finds the lost sign, as squares hide it: for this,
+# ``backpropagate`` must be called by hand.
 
 batch_of_one = {"[1, 4]", "[1, 2, 4]", "N = 1"}
 backpropagate = Method("DiagGGNExact", "backpropagate")

@@ -160,7 +160,7 @@ print(f"ECE on test data: {calibration_error(Z_test, y_test):.3f}")
 #     L''(w) &= \frac{1}{N} \sum_n \operatorname{Var}_{c \sim \pi_n}[z_{nc}] \, .
 #
 # The gradient is zero when the logits of the true classes are, on average, what the
-# network expects them to be. The curvature is the variance of the logits under the
+# network expects them to be. The curvature is the mean variance of the logits under the
 # network's own prediction. It is never negative, so :math:`L` is convex. We evaluate
 # both lines, and compare with ``torch.func``, for an arbitrary :math:`w`.
 
@@ -274,7 +274,8 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 # %%
 # Each backward pass gets a fresh object with the extension registered. One that is used
-# again can pick up a V that an earlier pass left behind.
+# again can pick up a V that an earlier pass left behind, as V is kept by memory
+# address.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -357,8 +358,8 @@ loss_hessian = (pi.diag_embed() - einsum(pi, pi, "n c, n k -> n c k")) / len(y)
 # The model shares its layers with the network, so ``extend`` adds hooks to these too.
 # For this check they are unfrozen. The diagonal of a parameter must have its shape.
 # `BackPACK does not check this
-# <../2_any_layer/5_contract_and_traps.html#nothing-checks-what-you-return>`_: each
-# extension saves another shape, so it stores whatever ``weight`` returns. We compare
+# <../2_any_layer/5_contract_and_traps.html#nothing-checks-what-you-return>`_: the right
+# shape differs between extensions, so it stores whatever ``weight`` returns. We compare
 # the shapes too.
 
 model = extend(model).requires_grad_(True)
@@ -401,7 +402,7 @@ if not losses[-1] > losses[0]:
 # network that is too sure puts nearly all probability on one class, and the variance of
 # the logits is nearly zero. The gradient is not: it is kept up by the wrong answers. A
 # long step in the right direction is the result. **The more overconfident a network is,
-# the less its curvature at** :math:`w = 1` **can be trusted.**
+# the less the parabola at** :math:`w = 1` **can be trusted.**
 #
 # Damping by a line search
 # ------------------------
@@ -513,9 +514,9 @@ for name, path in paths.items():
 # The left panel shows the loss, the parabola that Newton's method sees at :math:`w =
 # 1`, and the weights visited with the line search. The parabola is so flat that its
 # minimum is far outside of the picture. The right panel compares the three methods:
-# once near the minimum, Newton's method needs the fewest iterations by far. (The axis
-# is logarithmic from 10 on. Where a curve leaves the panel, rounding is all that is
-# left.)
+# once near the minimum, Newton's method needs the fewest iterations by far. (The
+# iteration axis is logarithmic from 10 on. Where a curve leaves the panel, rounding is
+# all that is left.)
 
 
 def excess_loss(path: list[float]) -> list[float]:
@@ -642,7 +643,7 @@ plt.show()
 # How far to trust the temperature
 # --------------------------------
 # Another validation set would have given another :math:`w`. By how much would it
-# differ? Where the loss is flat, a little chance moves the minimum far. The summed loss
+# differ? Where the loss is flat, a little noise moves the minimum far. The summed loss
 # is a negative log-likelihood, and its curvature at the minimum, :math:`N L''(w)`, is
 # known as the observed Fisher information. Its inverse estimates the variance of a
 # maximum likelihood fit. So for N validation samples, the standard error is
@@ -700,11 +701,11 @@ if visited != ["CrossEntropyLoss", "ScaleModule"]:
     raise RuntimeError("BackPACK went into the frozen network.")
 
 # %%
-# Frozen, BackPACK stops at the scale module, and V never has the shape of a hidden
-# layer. The forward pass through the network remains. As we computed the logits once,
-# it is gone too. We time one evaluation of loss, gradient and curvature in three ways,
-# taking turns, and print medians as multiples of the last. (They depend on the
-# machine.)
+# With the network frozen, BackPACK stops at the scale module, and V never has the shape
+# of a hidden layer. The forward pass through the network remains. As we computed the
+# logits once, it is gone too. We time one evaluation of loss, gradient and curvature in
+# three ways, taking turns, and print medians as multiples of the last. (They depend on
+# the machine.)
 
 
 def evaluate(module: nn.Module, inputs: Tensor) -> None:

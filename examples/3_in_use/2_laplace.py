@@ -246,7 +246,8 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 # %%
 # Each backward pass gets a fresh object with the extension registered. One that is used
-# again can pick up a V that an earlier pass left behind.
+# again can pick up a V that an earlier pass left behind, as V is kept by memory
+# address.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -280,8 +281,8 @@ print(f"p = {len(h)} curvatures, from {h.min():.1e} to {h.max():.1e}")
 # ``parameters_to_vector`` flattens, and so hides a wrong shape. `BackPACK does not
 # check shapes
 # <../2_any_layer/5_contract_and_traps.html#nothing-checks-what-you-return>`_ either:
-# each extension saves another one, so it stores whatever our method returns. We check
-# that each diagonal has the shape of its parameter.
+# the right shape differs between extensions, so it stores whatever our method returns.
+# We check that each diagonal has the shape of its parameter.
 
 for parameter in network.parameters():
     torch.testing.assert_close(parameter.diag_ggn_exact.shape, parameter.shape)
@@ -289,7 +290,7 @@ for parameter in network.parameters():
 # %%
 # Against autodiff
 # ----------------
-# This network is small, so that we can afford the whole GGN. The witness is the
+# This network is so small that we can afford the whole GGN. The witness is the
 # definition above, with Jacobians from ``jacrev``. But ``torch.func`` fails on modules
 # that carry BackPACK's hooks:
 
@@ -301,9 +302,9 @@ else:
     raise RuntimeError("torch.func accepts the hooks. This page is out of date.")
 
 # %%
-# So it gets a twin of the network that is not extended. The Hessian of cross-entropy is
-# :math:`\nabla^2_f \ell_n = \operatorname{diag}(\pi_n) - \pi_n \pi_n^\top`, with the
-# class probabilities :math:`\pi_n`.
+# So ``torch.func`` gets a twin of the network that is not extended. The Hessian of
+# cross-entropy is :math:`\nabla^2_f \ell_n = \operatorname{diag}(\pi_n) - \pi_n
+# \pi_n^\top`, with the class probabilities :math:`\pi_n`.
 
 
 def jacobians_by_autodiff(X: Tensor) -> Tensor:
@@ -436,15 +437,14 @@ torch.testing.assert_close(log_evidence(delta, loss, theta, h), expected)
 # Hold :math:`\theta_*` and :math:`h` fixed, and set the derivative with respect to
 # :math:`\delta` to zero: :math:`- \|\theta_*\|^2 + p / \delta - \sum_i 1 / (h_i +
 # \delta) = 0`. Multiplied by :math:`\delta`, and with :math:`1 - \delta / (h_i +
-# \delta) = h_i / (h_i + \delta)`, this is a fixed point (MacKay, 1992):
+# \delta) = h_i / (h_i + \delta)`, this is a fixed-point equation (MacKay, 1992):
 #
 # .. math::
 #     \delta = \frac{\gamma}{\|\theta_*\|^2} \, , \qquad
 #     \gamma = \sum_{i=1}^{p} \frac{h_i}{h_i + \delta} \, .
 #
-# Each summand of :math:`\gamma` lies between 0 and 1, and tells whether the prior or
-# the data decide on parameter i: :math:`\gamma` is the **effective number of
-# parameters**.
+# Each summand of :math:`\gamma` lies between 0 (the prior decides on parameter i) and 1
+# (the data do): :math:`\gamma` is the **effective number of parameters**.
 
 
 def best_prior_precision(delta: float, theta: Tensor, curvatures: Tensor) -> Tensor:
@@ -484,7 +484,7 @@ print(f"effective number of parameters: {(h * variances).sum():.0f} of {len(h)}"
 # %%
 # From here on the network stays as it is. Two checks before we go on. Laplace's method
 # assumes a maximum of the posterior: there, the gradient of the loss and the pull of
-# the prior cancel, up to where L-BFGS stops: the tolerance is 0.02. And as the
+# the prior cancel. L-BFGS stops near it, so the tolerance is 0.02. And as the
 # parameters have changed, we repeat the comparison with autodiff.
 
 gradient = torch.autograd.grad(
@@ -548,7 +548,8 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 
 # %%
-# It gets its function, too. With ``subsampling``, only some samples are computed.
+# A function builds a fresh ``BatchGrad``, as above. With ``subsampling``, only some
+# samples are computed.
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
@@ -780,7 +781,8 @@ torch.testing.assert_close(max(laplace_nll - sampled_nll, 0.0), 0.0)
 # The left panel follows the mean confidence from the center outward. With the full GGN
 # it falls from where the data end. With the diagonal there is no such fall: it is lower
 # than for the plain network at all distances. The right panel has the colors of the
-# figure above. Away from the data, it is less sure over much of the plane.
+# figure above. Away from the data, the network is less sure than with the diagonal,
+# over much of the plane.
 
 radii = torch.linspace(0.2, 12, 30).tolist()
 rings = torch.cat([ring(radius) for radius in radii])
@@ -799,10 +801,11 @@ draw_confidence(right, "Full Laplace: confidence", full_laplace)
 plt.show()
 
 # %%
-# The evidence shows it too. Its log determinant can take the eigenvalues of :math:`G`
-# in the place of :math:`h`. The determinant of a positive definite matrix is at most
-# the product of its diagonal (Hadamard's inequality). So the diagonal **never** gives
-# more evidence than the full GGN, whatever :math:`\delta`. We check it at 80 values.
+# The evidence shows the loss, too. Its log determinant can take the eigenvalues of
+# :math:`G` in the place of :math:`h`. The determinant of a positive definite matrix is
+# at most the product of its diagonal (Hadamard's inequality). So the diagonal **never**
+# gives more evidence than the full GGN, whatever :math:`\delta`. We check it at 80
+# values.
 
 eigenvalues = torch.linalg.eigvalsh(G).clamp(min=0)
 deltas = torch.logspace(-2, 1, 80, dtype=torch.float64, device=device)

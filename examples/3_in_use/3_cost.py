@@ -181,7 +181,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 
 # %%
-# A first version of ``backpropagate`` often takes the columns of V one at a time. It is
+# A first attempt at ``backpropagate`` often takes the columns of V one at a time. It is
 # easier to think of one VJP than of C. We will see what it costs.
 
 
@@ -216,7 +216,8 @@ class ScaleModuleDiagGGNExactLoop(ScaleModuleDiagGGNExact):
 
 # %%
 # Each backward pass gets a fresh object with the extension registered. (One that is
-# used again can pick up a V that an earlier pass left behind.)
+# used again can pick up a V that an earlier pass left behind, as V is kept by memory
+# address.)
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
@@ -451,7 +452,7 @@ for module_extension_class in diag_ggn_classes:
 
 # %%
 # Squares hide the sign of V. So both methods are also called by hand, with random V for
-# inputs ``[N, T, D]``, and compared with VJPs. That for the weight is a VJP for each
+# inputs ``[N, T, D]``, and compared with VJPs. For ``weight`` there is one VJP for each
 # column and each sample, then come the squares and their sum.
 
 layer = extend(ScaleModule(-1.5)).to(device, torch.float64)
@@ -592,7 +593,7 @@ def peak_memory(way: Callable[[], object]) -> int:
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     blocks = [e["args"] for e in events if e["name"] == "[memory]"]
-    blocks.sort(key=lambda block: block["Ev Idx"])
+    blocks.sort(key=lambda block: block["Ev Idx"])  # in the order of time
     held = peak = 0
     for block in blocks:
         held += block["Bytes"]
@@ -622,8 +623,8 @@ torch.testing.assert_close(peak_memory(known_need), 4 * (1024 + 2048))
 # -------------------
 # Ten classes, one to 1024 samples. For the memory, each way gets a new problem: what a
 # backward pass stores for the first time counts, too, ``.grad`` included. Memory does
-# not scatter, so one measurement is enough. It stops at 256 samples, because the
-# profiler writes down every block of the loop.
+# not scatter, so one measurement is enough. We measure it up to 256 samples only,
+# because the profiler writes down every block of the loop.
 
 gradient_ways = {
     "BackPACK, BatchGrad": batch_grad,
@@ -700,7 +701,7 @@ for setting in settings:
 
 # %%
 # In a tiny network, most of what BackPACK adds is the fixed cost. In a network with 512
-# hidden units there is more to compute, and the ratio is near 1.
+# hidden units there is more to compute, and the ratio is nearer to 1.
 
 wide = Problem(1024, 10, only_scales=True, H=512)
 calls = {"plain backward": partial(plain_backward, wide)}
@@ -712,7 +713,7 @@ print(f"BatchGrad / plain backward: {median:.2f} (quartiles {low:.2f} to {high:.
 # Over the number of classes
 # --------------------------
 # V has C columns for each sample. Let us see it where it passes: a subclass writes down
-# the shapes.
+# the shapes. It must pass the checks from above, too.
 
 
 class RecordingDiagGGNExact(ScaleModuleDiagGGNExact):
@@ -738,8 +739,8 @@ torch.testing.assert_close(V_in, vmap(input_vjp)(V)[0])
 # %%
 # There is one shape only: the first scale module passes nothing on, as no one before it
 # is trained. So V has shape ``[C, N, H]`` at a layer with H outputs: at each layer it
-# is C times as large as the layer's output. How much memory is this at the peak? Two
-# moments compete.
+# is C times as large as the layer's output. How much memory is this at the peak, if
+# only the scale weights are trained? Two moments compete.
 #
 # - **At a layer,** ``backpropagate`` holds the V that it got and the V that it makes:
 #   :math:`2 C N H` entries between hidden layers. Then the old one is freed.
@@ -831,7 +832,7 @@ for p, C in zip(plain, class_counts, strict=True):
 # - **The memory grows with the square of C** once C exceeds two thirds of the width of
 #   the hidden layers. If V doesn't fit, cut the batch: V is linear in N, and the GGN
 #   diagonals of the parts add up. Or use ``DiagGGNMC``, whose V has one column for each
-#   random sample, see `One derivatives class, every extension
+#   label drawn at random, see `One derivatives class, every extension
 #   <../2_any_layer/2_every_extension.html>`__.
 # - **A loop over C** in the scale modules is only a part of the whole network's time.
 #   How much a method itself loses by it is measured below.
@@ -878,8 +879,9 @@ candidates = {
 }
 
 # %%
-# The shapes: few and many classes, few and many features. V takes 8 KB to 49 MB: the
-# smallest fits into any cache, the largest into few. All candidates must agree.
+# The shapes, C, N and D: few and many classes, few and many features. V takes 8 KB to
+# 49 MB: the smallest fits into any cache, the largest into few. All candidates must
+# agree.
 
 shapes = [
     (2, 64, 16),
@@ -993,7 +995,7 @@ for name in candidates:
     print(f"{name:22} {memory[name]:9.2f} {behind}")
 
 # %%
-# Three effects explain it.
+# Three effects explain the table.
 #
 # **Matrix products.** ``einsum`` turns either order into ``bmm``, a batch of matrix
 # products, one for each sample. The order of its operands decides which product that
@@ -1019,8 +1021,8 @@ for name in ["einsum, V first", "einsum, X first"]:
 #
 # **Cache.** A loop over C touches one slice of V at a time, which fits into the cache
 # more often than V does, and so do its temporary results. So the loop is not always
-# bad: for a large V it can beat the candidates that make a copy of V. But it pays the
-# fixed cost of its operations C times.
+# bad: for a large V it can beat the candidates that make a tensor as large as V. But it
+# pays the fixed cost of its operations C times.
 #
 # What was said about memory can be checked:
 
@@ -1050,8 +1052,9 @@ for results, loop, vectorized in [
 # off the upper panel. We want the clearest form that is never far behind. See the row
 # of the einsum with X first: where this page was written, it stays within 1.5 times the
 # best candidate for all but the tiny V of 8 KB, where the fixed cost of the call is
-# more than the work. It makes no copy of V, it reads as well as the other order, and
-# with an ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
+# more than the work. It makes no second tensor as large as V, it reads as well as the
+# other order, and with an ellipsis it serves ``[N, T, D]``. So this is the form of
+# ``weight`` above.
 #
 # What was verified
 # -----------------
