@@ -135,14 +135,17 @@ for warning in caught:
 # %%
 # This warning is harmless. It comes up when a module with a hook gets input for which
 # no gradient is needed. That is so for the first layer, because data rarely needs a
-# gradient. You will meet it when you run these pages. The rendered pages leave it out.
+# gradient. You will meet it when you run these pages. Apart from here, the rendered
+# pages leave it out.
 #
 # Where the layer sits
 # --------------------
 # The scale module stands in a small classifier with three layers. The figure shows it
-# as a computation graph. Circles are tensors. Boxes are layers with their parameters,
-# and the loss with its labels :math:`y`; the thick frame is the layer that BackPACK
-# does not know. (The code only draws. You can skip it.)
+# as a computation graph. Circles are tensors: :math:`x^{(0)}` is the input,
+# :math:`x^{(k)}` the output of layer k, :math:`\theta^{(k)}` its parameters,
+# :math:`\ell` the loss. Boxes are layers with their parameters, and the loss with its
+# labels :math:`y`; the thick frame is the layer that BackPACK does not know. (The code
+# only draws. You can skip it.)
 
 layers = ["Linear", "ScaleModule", "Linear", "CrossEntropyLoss"]
 tensors = ["$x^{(0)}$", "$x^{(1)}$", "$x^{(2)}$", "$x^{(3)}$", r"$\ell$"]
@@ -192,8 +195,8 @@ plt.show()
 # extensions** look at these gradients when they pass a layer, and send nothing of their
 # own. Its **second-order extensions** send a further quantity to the left. For the GGN
 # it is called V, and `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ says
-# what it is. So two things can go wrong in a layer: its own result, and the V that it
-# passes on.
+# what it is. So for second order two things can go wrong in a layer: its own result,
+# and the V that it passes on.
 #
 # First order: a warning
 # ----------------------

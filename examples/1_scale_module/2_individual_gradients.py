@@ -83,8 +83,9 @@ class ScaleModule(nn.Module):
 # We assume that no layer mixes samples, as batch normalization does. For one sample our
 # layer computes :math:`z_n = w x_n`, where its input :math:`x_n` and its output
 # :math:`z_n` have :math:`D` entries. Write :math:`\mathrm{J}_w z_n` for the Jacobian,
-# the derivatives of all entries of :math:`z_n` with respect to :math:`w`. By the chain
-# rule,
+# the derivatives of all entries of :math:`z_n` with respect to :math:`w`. Only
+# :math:`\ell_n` depends on :math:`z_n`, so :math:`\partial L / \partial z_n = r \,
+# \partial \ell_n / \partial z_n`. By the chain rule,
 #
 # .. math::
 #     g_n
@@ -154,7 +155,7 @@ for n in range(N):
 # Two things make the method general. The ellipsis in the ``einsum`` pattern sums over
 # all axes behind the first, so that ``[N, D]``, ``[N, T, D]`` and images are all served
 # by one line. And ``subsample`` keeps the samples that the user asked for, by default
-# all: BackPACK always hands over the full batch, and leaves it to us to cut.
+# all: ``BatchGrad`` hands over the full batch, and leaves it to us to cut.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):

@@ -99,8 +99,8 @@ def network(theta: Tensor, x: Tensor) -> Tensor:
 print(f"p = {p} parameters, by layer: {sizes}")
 
 # %%
-# The loss :math:`\ell(f, y)` compares the output with a label. We use softmax
-# cross-entropy.
+# The loss :math:`\ell(f, y)` compares the output :math:`f = f_\theta(x)` with a label.
+# We use softmax cross-entropy.
 
 
 def loss(f: Tensor, y: Tensor) -> Tensor:
@@ -165,8 +165,8 @@ torch.testing.assert_close(loss_hessian, pi.diag() - pi.outer(pi))
 #     \qquad \in \mathbb{R}^{C \times C} \, .
 #
 # Multiply it out to see why: each of the three further terms of :math:`S S^\top` is
-# :math:`\pm \pi \pi^\top`, because :math:`\sqrt{\pi}^\top \sqrt{\pi} = \sum_c \pi_c =
-# 1`.
+# :math:`\pm \pi \pi^\top`, because :math:`\operatorname{diag}(\sqrt{\pi}) \sqrt{\pi} =
+# \pi` and :math:`\sqrt{\pi}^\top \sqrt{\pi} = \sum_c \pi_c = 1`.
 
 S = pi.sqrt().diag() - pi.outer(pi.sqrt())
 torch.testing.assert_close(S @ S.T, loss_hessian)
@@ -233,7 +233,8 @@ torch.testing.assert_close(V, -(pi.sqrt() * gradients.T))
 
 # %%
 # This is why, for softmax cross-entropy, the GGN is also the Fisher information matrix:
-# the mean of the gradient's outer product, over labels drawn from the network.
+# the mean of the gradient's outer product, over labels drawn with probabilities
+# :math:`\pi`.
 #
 # .. math::
 #     G = \sum_{c=1}^{C} \pi_c \; g_c \, g_c^\top
@@ -363,8 +364,9 @@ torch.testing.assert_close(J_f, jacrev(network, argnums=1)(theta, x))
 #     \qquad k = K, \dots, 1 \, .
 #
 # Note the two roles of V: :math:`V_{x^{(k)}}` is what travels backward, a square root
-# of the GGN with respect to a layer's output. :math:`V_{\theta^{(k)}}` is what a layer
-# computes from it, its block of V.
+# of the GGN with respect to a layer's output (:math:`G` with :math:`x^{(k)}` in the
+# place of :math:`\theta`). :math:`V_{\theta^{(k)}}` is what a layer computes from it,
+# its block of V.
 
 V_x = {3: S}
 V_theta = {}
@@ -450,9 +452,9 @@ torch.testing.assert_close(vmap(ggn)(X, Y).sum(0), G_batch)
 #     \sum_{n=1}^{N} \sum_{c=1}^{C}
 #     \Big( \sum_{d} x_{nd} \, V_\text{out}[c, n, d] \Big)^2 \, .
 #
-# Here :math:`x_n` is the input of the scale module for sample :math:`n`. We build
-# :math:`V_\text{out}` from S and the Jacobian of layer 3 with respect to its input, the
-# weight matrix.
+# Here :math:`x_n` is the input of the scale module for sample :math:`n`, and :math:`d`
+# runs over its H features. We build :math:`V_\text{out}` from S and the Jacobian of
+# layer 3 with respect to its input, the weight matrix.
 
 expected = G_batch[sizes[0], sizes[0]]
 theta_1, theta_2, theta_3 = theta.split(sizes)

@@ -177,7 +177,8 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 # pass, so that ``module.input0`` is there, and any V. With random numbers for V, we
 # compare with what ``torch.func.vjp`` computes for each column. For ``backpropagate``,
 # this check also sees a wrong sign, which the squares of the GGN diagonal hide. (A
-# wrong sign does harm where two branches of a network meet and their V is added up.)
+# wrong sign does harm where one tensor feeds two branches: there, their V are added
+# up.)
 #
 # The witness for ``weight`` is the VJP with respect to the parameter, for each column
 # and each sample. It needs the output as a function of the weight, so ``weight * x`` is
@@ -209,10 +210,10 @@ def weight_vjps(layer: ScaleModule, X: Tensor, V_out: Tensor) -> Tensor:
 
 
 # %%
-# Then come the squares, then the sum. The witness for ``backpropagate`` is the VJP with
-# respect to the input; ``vmap`` runs it for each of the C columns. The layer's
-# ``forward`` is called directly, because ``torch.func`` cannot run through BackPACK's
-# hooks.
+# ``compare_by_hand`` squares these VJPs, then sums. The witness for ``backpropagate``
+# is the VJP with respect to the input; ``vmap`` runs it for each of the C columns. The
+# layer's ``forward`` is called directly, because ``torch.func`` cannot run through
+# BackPACK's hooks.
 
 
 def compare_by_hand(module_extension: ModuleExtension, *axes: int) -> None:
@@ -374,11 +375,11 @@ torch.testing.assert_close(summed, N * expected)
 # Networks in which backpropagate matters
 # ---------------------------------------
 # A layer's ``backpropagate`` runs only if its input requires a gradient. And its result
-# shows only in the GGN diagonal of the layers **before** it. So a test with the layer
-# alone, or with the layer first, cannot see a mistake in ``backpropagate``; if the
-# network's input requires a gradient, the method runs, but still no diagonal depends on
-# it. We test five networks. The number is the expected count of calls. Only the last
-# three put ``backpropagate`` to the test.
+# shows only in the GGN diagonal of the layers **before** it. So a test in a network
+# that is only this layer, or starts with it, cannot see a mistake in ``backpropagate``;
+# if the network's input requires a gradient, the method runs, but still no diagonal
+# depends on it. We test five networks. The number is the expected count of calls. Only
+# the last three put ``backpropagate`` to the test.
 
 networks = {
     "first": 0,
@@ -419,8 +420,8 @@ def make_network(name: str, input_shape: tuple[int, ...]) -> nn.Sequential:
 # :math:`w` would go unnoticed.
 #
 # A frozen scale module must get no GGN diagonal, but V must still pass through it. To
-# be sure that ``backpropagate`` runs, we count. The class that counts must agree with
-# VJPs, too.
+# be sure that ``backpropagate`` runs, we count. The class that counts replaces ours
+# from here on, so it must agree with VJPs, too.
 
 
 class CountingDiagGGNExact(ScaleModuleDiagGGNExact):
@@ -485,8 +486,8 @@ def compare(
 
 
 # %%
-# All combinations. ``assert_close`` compares every parameter of the network,
-# and raises if a number, a shape or a data type differs.
+# All combinations. ``assert_close`` compares every parameter that is trained, and
+# raises if a number, a shape or a data type differs.
 
 settings = [
     (name, input_shape, reduction, frozen)
@@ -571,7 +572,7 @@ for wrong in [WrongFactor, WrongSign, WrongOrder]:
 # With the layer first, the wrong ``backpropagate`` passes, because it is never called.
 # The wrong sign passes in both networks; only the comparison by hand sees it. The
 # networks, in turn, test what no call by hand can: the registration, and V as BackPACK
-# sends it. Should a check notice less than it does now, the build fails here.
+# sends it. Should a check notice more or less than now, the build fails here.
 
 not_noticed = {key for key, noticed in caught.items() if not noticed}
 expected = {("WrongFactor", "first"), ("WrongSign", "first"), ("WrongSign", "middle")}

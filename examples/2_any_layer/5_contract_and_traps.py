@@ -161,7 +161,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
         self,
         ext: BatchGrad,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         bp: None,
     ) -> Tensor:
@@ -199,7 +199,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -222,7 +222,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         self,
         ext: DiagGGNExact,
         module: ScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         V_out: Tensor,
     ) -> Tensor:
@@ -346,7 +346,7 @@ extended_loss = extend(deepcopy(loss_function))
 # individual gradients, and the diagonal of the GGN :math:`\mathrm{J}^\top (\nabla^2
 # \ell) \, \mathrm{J}`. Here J is the Jacobian of the network's output with respect to a
 # parameter, and :math:`\nabla^2 \ell` the Hessian of the loss with respect to that
-# output. Both are written out in full, over all samples.
+# output. J and the Hessian are computed in full, over all samples.
 
 
 def individual_gradients(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -536,9 +536,9 @@ for step, (first, second, *_) in enumerate(calls):
     print(f"{step:>2}  {first:<16} {second}")
 
 # %%
-# The forward pass calls none of them. ``backward`` starts at the loss, whose
+# The forward pass calls no method of ours. ``backward`` starts at the loss, whose
 # ``backpropagate`` makes the first V. At each layer, BackPACK runs one extension after
-# the other: in each, first the methods for the parameters, then ``backpropagate``. If
+# the other: for each, first the methods for the parameters, then ``backpropagate``. If
 # a release of BackPACK changes this order, this page fails here.
 
 
@@ -586,7 +586,7 @@ for name, parameter in model.named_parameters():
 # figure.
 
 marks = {
-    "A": "used twice, run twice, called by keyword: input0 is wrong or missing",
+    "A": "stands at two places, runs again, called by keyword: input0 wrong or missing",
     "B": "a function, an in-place operation or a view stands between two modules",
     "C": "not registered, a subclass, sums in the wrong order, a wrong shape",
     "D": "backpropagate is missing, or the layer has several inputs",
@@ -597,8 +597,8 @@ marks = {
 
 # %%
 # In the figure, data flow to the right, and gradients (g) and V to the left. Below each
-# box stands what the layer stores, or which of its methods run. No V is needed for the
-# data, so ``backpropagate`` does not run in the first layer.
+# box stands what the layer stores, or which methods of its module extension run. No V
+# is needed for the data, so ``backpropagate`` does not run in the first layer.
 
 spots = {"A": (2, 2.55), "B": (3, 2.3), "C": (2, 0.65), "D": (1, -0.4)}
 spots |= {"E": (2.65, -0.36), "F": (6, 0.65), "G": (-1, 0)}
@@ -688,7 +688,7 @@ for situation, arguments in situations.items():
 #   parameter, ``backpropagate`` the leading axis and the shape of ``input0``.
 # - **The leading axis** counts the columns of V: C for an output ``[N, C]``; C times 2
 #   for an output ``[N, C, 2]``; ``mc_samples`` for the sampled extensions. Never write
-#   C into your code, take the axis as it comes.
+#   C into your code; take the axis as it comes.
 # - **SqrtGGNExact** with a subset: V comes **sliced**, ``input0`` comes whole: you
 #   slice ``input0`` only.
 #
@@ -711,8 +711,8 @@ expect(row[1:], [f"{[N, H]}", f"{[C, 2, C]}", f"{[C, 2, C, H]}"])
 # %%
 # A frozen parameter
 # ~~~~~~~~~~~~~~~~~~
-# Its method is not called, ``backpropagate`` is: the layers before still need V. (The
-# first of the ``calls`` is that of the loss.)
+# Its method is not called, but ``backpropagate`` is: the layers before still need V.
+# (The first of the ``calls`` is that of the loss.)
 
 frozen = deepcopy(network)
 frozen[1].weight.requires_grad_(False)
@@ -726,7 +726,7 @@ torch.testing.assert_close(model[0].weight.diag_ggn_exact, diagonals["0.weight"]
 # The first layer
 # ~~~~~~~~~~~~~~~
 # ``backpropagate`` runs only if an input of the layer requires a gradient. Data do not,
-# so the first layer's ``backpropagate`` is not called, and a mistake in it not seen.
+# so the first layer's ``backpropagate`` is not called, and a mistake in it goes unseen.
 
 first = nn.Sequential(ScaleModule(), nn.Linear(D, C)).to(device, torch.float64)
 for requires_grad in [False, True]:
@@ -892,8 +892,8 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # %%
 # Errors and warnings
 # -------------------
-# The title of a section is what the last line of the traceback says. If you came here
-# directly, these are the names that all sections use:
+# The title of a section is a fragment of the message. If you came here directly, these
+# are the names that all sections use:
 #
 # - ``network`` holds a ``ScaleModule`` at place 1; its data are ``X`` and ``y``, its
 #   loss is ``loss_function``. Network and loss are never extended.
@@ -903,6 +903,8 @@ torch.testing.assert_close(right, gradients["1.weight"])
 #   ``ScaleModule``.
 # - ``gradients`` and ``diagonals`` hold the right numbers for ``network``;
 #   ``individual_gradients`` and ``ggn_diagonals`` compute them for other networks.
+#   ``provoke`` runs what must fail and prints its message; ``silently_wrong`` prints a
+#   wrong result above the right one.
 # - V is what second-order extensions send from layer to layer.
 #
 # NotImplementedError: ``does not have an extension for Module``
@@ -944,7 +946,7 @@ torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"]
 
 # %%
 # **Cause 3:** the message names a container, not a layer. ``extend`` treats every
-# module as a layer, also a container. It leaves out only ``nn.Sequential``, its
+# module as a layer, even a container. It leaves out only ``nn.Sequential``, its
 # subclasses, and a few containers of BackPACK.
 
 
@@ -1187,7 +1189,7 @@ provoke(AttributeError, message, lambda: run(twice, make_batch_grad(), X, y))
 
 # %%
 # **Cure:** two objects. If they must share their weight, assign the parameter of one to
-# the other, and then add up what the two store, as the section `on shared weights
+# the other, and then add up what the two store, as the section `on tied parameters
 # <#tied-parameters>`_ shows. Without sharing:
 
 apart = nn.Sequential(scale, layers[1], ScaleModule(0.7), layers[3])
@@ -1248,8 +1250,8 @@ torch.testing.assert_close(model[1].weight.grad_batch, right)
 # %%
 # AttributeError: ``'bool' object has no attribute 'requires_grad'``
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see** comes with second-order extensions, if a layer has an argument that
-# is not a tensor.
+# **What you see** comes with second-order extensions, if a layer gets, by position, an
+# argument that is not a tensor.
 
 
 class InvertibleScaleModule(ScaleModule):
@@ -1370,7 +1372,7 @@ message = "got an unexpected keyword argument 'subsampling'"
 provoke(TypeError, message, lambda: DiagGGNExact(subsampling=[4, 0]))
 
 # %%
-# **Cause:** only few extensions take a subset. These:
+# **Cause:** only a few extensions take a subset. These:
 
 for name in extensions.__all__:
     if "subsampling" in inspect.signature(getattr(extensions, name)).parameters:
@@ -1416,7 +1418,7 @@ class WrongBiasBatchGrad(ScaleModuleBatchGrad):
         """Name a parameter too many."""
         FirstOrderModuleExtension.__init__(self, params=["weight", "bias"])
 
-    bias = ScaleModuleBatchGrad.weight
+    bias = ScaleModuleBatchGrad.weight  # any method; it is never run
 
 
 message = "'ScaleModule' object has no attribute 'bias'"
@@ -1486,9 +1488,9 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # %%
 # Silent traps
 # ------------
-# From here on, BackPACK raises nothing and computes something else than you want. Each
-# section shows the wrong result and the right one. If there is more than one number, up
-# to six are shown.
+# From here on, BackPACK computes something other than you want, mostly without a word.
+# Each section shows the wrong result and the right one. If there is more than one
+# number, up to six are shown.
 #
 # One second-order extension object, used again
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -1723,8 +1725,8 @@ torch.testing.assert_close(right.sum(0), weight.grad)
 
 # %%
 # **Cause:** each use stores its result on the one parameter, and overwrites that of the
-# use before. **Cure:** ``extension_hook`` runs after each layer. It adds up the results
-# and clears the parameter for the next use.
+# use before. **Cure:** ``extension_hook`` runs after each layer. Ours adds up the
+# results and clears the parameter for the next use.
 
 
 def make_adder(savefield: str) -> tuple[Callable, dict[nn.Parameter, Tensor]]:
@@ -1836,7 +1838,7 @@ class LogScaleModuleBatchGrad(FirstOrderModuleExtension):
         self,
         ext: BatchGrad,
         module: LogScaleModule,
-        g_inp: tuple[Tensor, ...],
+        g_inp: tuple[Tensor | None, ...],
         g_out: tuple[Tensor],
         bp: None,
     ) -> Tensor:
@@ -1889,8 +1891,8 @@ provoke(NotImplementedError, message, lambda: run(parametrized, make_diag_ggn(),
 # %%
 # A factor in front of the loss
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see:** a warning, and a GGN diagonal without the factor. Here one half is
-# missing, so it is twice too large.
+# **What you see:** a warning, and a GGN diagonal without the factor. Here the factor
+# 0.5 is missing, so the diagonal is twice the right one.
 
 model = extend(deepcopy(network))
 with backpack(make_batch_grad(), make_diag_ggn()):
@@ -1924,7 +1926,7 @@ silently_wrong("ignored targets", wrong, right)
 
 # %%
 # **Cause:** the Hessian of the cross-entropy does not depend on the target, so BackPACK
-# never looks at it. Another ``ignore_index`` and class weights are noticed:
+# never looks at it. Another ``ignore_index``, or class weights, raise an error:
 
 for option, message in [
     ({"ignore_index": 0}, "Only default ignore_index (-100) is implemented"),
@@ -2004,9 +2006,9 @@ torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"]
 # %%
 # How far off the numbers are
 # ---------------------------
-# The relative errors of all silent traps on this page. Their sizes belong to these
-# examples. Rounding explains none of them; without the right numbers, most would go
-# unnoticed.
+# The figure shows the relative errors of all silent traps on this page. Their sizes
+# belong to these examples. Rounding explains none of them; without the right numbers,
+# most would go unnoticed.
 
 names = sorted(relative_errors, key=relative_errors.get)
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -2022,9 +2024,9 @@ plt.show()
 # The order of the calls and the shapes in the table were recorded, not written down.
 # Every message was raised by the installed versions of PyTorch and BackPACK, and every
 # silently wrong number differs from the right one, which ``torch.func`` computed
-# without BackPACK. Every cure was run and compared in float64, at the default tolerance
-# of ``torch.testing.assert_close``. If a later BackPACK mends one of the traps, the
-# script of this page ends with an error, and the page must be rewritten.
+# without BackPACK. Every cure shown in code was run and compared in float64, at the
+# default tolerance of ``torch.testing.assert_close``. If a later BackPACK mends one of
+# the traps, the script of this page ends with an error, and the page must be rewritten.
 #
 # **Next:** `Check your own layer <6_check_your_layer.html>`_ is a script that finds
 # such mistakes in an extension of yours, and names them.

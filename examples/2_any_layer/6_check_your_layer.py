@@ -1090,11 +1090,11 @@ def check_by_hand(
 # %%
 # In networks
 # -----------
-# Methods that are right on their own may still fail together: one may not be
-# listed in ``super().__init__(params=[...])``, or use a graph that is gone in a
-# backward pass. So we also let BackPACK call them, in networks. What ``backpropagate``
-# returns shows in the GGN diagonal of the layers before, and in V of the network's
-# input if that requires a gradient.
+# Methods that are right by hand may still fail inside BackPACK: one may not be listed
+# in ``super().__init__(params=[...])``, or use a graph that is gone in a backward pass.
+# So we also let BackPACK call them, in networks. What ``backpropagate`` returns shows
+# in the GGN diagonal of the layers before, and in V of the network's input if that
+# requires a gradient.
 
 
 @dataclass(eq=False)

@@ -502,9 +502,9 @@ torch.testing.assert_close(h, G.diag())
 # Uncertain parameters make uncertain outputs. We linearize the network around the
 # trained parameters, :math:`f_\theta(x) \approx f_{\theta_*}(x) + \mathrm{J}(x) \,
 # (\theta - \theta_*)`. This is the model that the GGN belongs to: the GGN of the
-# network is the Hessian of the linearized one. So the Gaussian often predicts better
-# with the linearized network than with the network itself (Immer et al., 2021). We will
-# test that. The logits are then Gaussian, with covariance
+# network is the Hessian of the loss of the linearized one. So the Gaussian often
+# predicts better with the linearized network than with the network itself (Immer et
+# al., 2021). We will test that. The logits are then Gaussian, with covariance
 #
 # .. math::
 #     \Sigma(x) = \mathrm{J}(x) \, \operatorname{diag}(h + \delta)^{-1} \,
