@@ -190,6 +190,9 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
+FIGURE_OF = "A figure of the page: "
+
+
 def describe_page(app, pagename, templatename, context, doctree):
     """Tell templates where the notebook is, and link previews which figure to show."""
     if not doctree:
@@ -203,8 +206,10 @@ def describe_page(app, pagename, templatename, context, doctree):
     image = f"_images/sphx_glr_{figure}_001_2_00x.png"
     context["meta"] = {
         **(context["meta"] or {}),
-        "og:image": REPOSITORY and html_baseurl + image or context["pathto"](image, 1),
-        "og:image:alt": f"A figure of the page: {of}",
+        "og:image": html_baseurl + image
+        if html_baseurl
+        else context["pathto"](image, 1),
+        "og:image:alt": FIGURE_OF + of,
     }
 
 
@@ -232,6 +237,8 @@ def link_notebook(text, stem):
 
 def finish_site(app, exception):
     """Link the notebooks, give all zips one date, drop what no page loads."""
+    if exception or app.builder.name != "html":
+        return
     for path in Path(app.outdir).glob("_downloads/*/*"):
         if path.suffix == ".ipynb":
             path.write_text(link_notebook(path.read_text(), path.stem))
@@ -249,15 +256,14 @@ def finish_site(app, exception):
                     )
     for path in Path(app.outdir).glob("_static/*/*.map"):  # only debuggers ask for it
         path.unlink()
-    if app.builder.name == "html" and not exception:
-        urls = "".join(
-            f"<url><loc>{html_baseurl}{app.builder.get_target_uri(name)}</loc></url>\n"
-            for name in sorted(app.env.found_docs)
-        )
-        Path(app.outdir, "sitemap.xml").write_text(
-            '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns='
-            f'"http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
-        )
+    urls = "".join(
+        f"<url><loc>{html_baseurl}{app.builder.get_target_uri(name)}</loc></url>\n"
+        for name in sorted(app.env.found_docs)
+    )
+    Path(app.outdir, "sitemap.xml").write_text(
+        '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns='
+        f'"http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
+    )
 
 
 def describe_thumbnails(app, doctree, docname):
@@ -265,7 +271,7 @@ def describe_thumbnails(app, doctree, docname):
     for image in doctree.findall(nodes.image):
         if "/images/thumb/" in image["uri"]:
             title = image.next_node(nodes.reference, ascend=True).astext()
-            image["alt"] = f"A figure of the page: {title}"
+            image["alt"] = FIGURE_OF + title
 
 
 def setup(app):

@@ -227,9 +227,14 @@ def test_what_looks_wrong_is_noticed(page):
         assert re.search(f"{view}: .*{fault}", found), f"{view}: {fault}\n{found}"
 
 
+def leave_out_math(page: Page) -> None:
+    """Let a page load no MathJax: a test that visits many does not look at formulas."""
+    page.route("**/mathjax/**", lambda route: route.abort())
+
+
 def test_links(page, address, site):
     """Every page can be reached from home; every link and anchor leads somewhere."""
-    page.route("**/mathjax/**", lambda route: route.abort())  # not looked at here
+    leave_out_math(page)
     to_visit, anchors, links = ["index.html"], {}, {}
     while to_visit:
         name = to_visit.pop()
@@ -261,7 +266,7 @@ def test_links(page, address, site):
 
 def test_next_walks_through_all_pages_in_reading_order(page, address):
     """Follow "Next" from home to the end, then "Previous" back to home."""
-    page.route("**/mathjax/**", lambda route: route.abort())  # not looked at here
+    leave_out_math(page)
     expected = [*READING_ORDER, *reversed(READING_ORDER)]
     walked = []
     for button in ["a.right-next", "a.left-prev"]:
