@@ -380,6 +380,7 @@ def vmap_over_samples(
     """
 
     def loss_of_sample(parameters, x, y):
+        """Return the loss of one sample, as a function of all parameters."""
         output = torch.func.functional_call(model, parameters, x.unsqueeze(0))
         return loss_function(output, y.unsqueeze(0))
 

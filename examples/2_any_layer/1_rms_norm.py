@@ -756,6 +756,8 @@ def parameter_vjp(module: nn.Module, name: str, X: Tensor, V: Tensor) -> Tensor:
     layer = WithoutHooks(module)
 
     def vjp_of_sample(x: Tensor, v: Tensor) -> Tensor:
+        """Return ``[C, *parameter]`` for ``x``, ``[*]``, and ``v``, ``[C, *]``."""
+
         def output(parameter: Tensor) -> Tensor:
             new = {f"layer.{name}": parameter}
             return functional_call(layer, new, x.unsqueeze(0)).squeeze(0)
@@ -785,6 +787,7 @@ def input_vjp(module: nn.Module, X: Tensor, V: Tensor) -> Tensor:
     layer = WithoutHooks(module)
 
     def vjp_of_sample(x: Tensor, v: Tensor) -> Tensor:
+        """Return ``[C, *]`` for ``x``, ``[*]``, and ``v``, ``[C, *]``."""
         _, pull_back = vjp(lambda x: layer(x.unsqueeze(0)).squeeze(0), x)
         return vmap(pull_back)(v)[0]
 

@@ -653,6 +653,7 @@ class ConvexLossDiagGGNExact(ModuleExtension):
         """
 
         def loss_of_sample(output: Tensor, target: Tensor) -> Tensor:
+            """Return the loss of one sample, ``[C]`` each, as a batch of one."""
             return module.forward(output.unsqueeze(0), target.unsqueeze(0))
 
         hessians = vmap(jacrev(jacrev(loss_of_sample)))

@@ -368,6 +368,7 @@ def vmap_of_grad(problem: Problem) -> dict[str, Tensor]:
     variable = {name: parameters[name] for name in trained(problem.network)}
 
     def loss_of_sample(variable: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of one sample, as a function of the trained parameters."""
         values = {**parameters, **variable}
         output = functional_call(problem.network, values, x.unsqueeze(0))
         return problem.loss_function(output, y.unsqueeze(0))
