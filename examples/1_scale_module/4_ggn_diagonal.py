@@ -200,7 +200,7 @@ def weight_vjps(layer: ScaleModule, X: Tensor, V_out: Tensor) -> Tensor:
     """
 
     def vjps_of_sample(x, v):
-        """Return ``[C, 1]`` for ``x`` of shape ``[*]`` and ``v`` of shape ``[C, *]``."""
+        """Return ``[C, 1]`` for ``x``, shape ``[*]``, and ``v``, shape ``[C, *]``."""
 
         def output(weight):
             return weight * x
