@@ -84,9 +84,9 @@ torch.testing.assert_close(scale(X), 2 * X)
 # Why a module
 # ------------
 # BackPACK does not read your code. It learns about a computation through **hooks**:
-# functions that PyTorch calls whenever data passes through a ``torch.nn.Module``, on
-# the way forward and on the way back. A plain function has no hooks. So whatever
-# you want BackPACK to treat must be a module of its own.
+# functions that PyTorch calls whenever data pass through a ``torch.nn.Module``, on the
+# way forward and on the way back. A plain function has no hooks. So whatever you want
+# BackPACK to treat must be a module of its own.
 #
 # ``extend`` adds one hook for each direction, in place, and returns the module. (The
 # two attributes below are private to PyTorch. We only look.)
@@ -115,7 +115,9 @@ print(f"scale.output: {list(scale.output.shape)}")
 # %%
 # The name ``input0`` ends in a number because a module may take several inputs. In the
 # backward pass, the backward hook runs all active extensions (so far there are none),
-# and after that it removes what was stored, to free the memory.
+# and after that it removes what was stored, to free the memory. (If BackPACK should
+# ever keep it, the last lines raise an error, and this page is not published. Such
+# lines stand wherever a page says what BackPACK does.)
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -134,7 +136,7 @@ for warning in caught:
 
 # %%
 # This warning is harmless. It comes up when a module with a hook gets input for which
-# no gradient is needed. That is so for the first layer, because data rarely needs a
+# no gradient is needed. That is so for the first layer, because data rarely need a
 # gradient. You will meet it when you run these pages. Apart from here, the rendered
 # pages leave it out.
 #
@@ -186,11 +188,11 @@ for color, label in [
 ax.set(xlim=(-0.5, 8.5), ylim=(-1.0, 1.2))
 ax.axis("off")
 ax.legend(loc="lower center", ncols=3, frameon=False)
-ax.set_title("Data flows right, gradients and V flow left")
+ax.set_title("Data flow right, gradients and V flow left")
 plt.show()
 
 # %%
-# Data flows to the right. In the backward pass PyTorch sends gradients to the left, but
+# Data flow to the right. In the backward pass PyTorch sends gradients to the left, but
 # none into the data unless it requires a gradient (dotted). BackPACK's **first-order
 # extensions** look at these gradients when they pass a layer, and send nothing of their
 # own. Its **second-order extensions** send a further quantity to the left. For the GGN

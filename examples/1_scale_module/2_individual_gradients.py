@@ -136,10 +136,12 @@ for n in range(N):
     torch.testing.assert_close(g_w[n], g_n[0])
 
 # %%
-# The extension
-# -------------
-# A module extension tells BackPACK what to do when the backward pass arrives at a layer
-# of one class. For first-order extensions like ``BatchGrad`` it needs:
+# The module extension
+# --------------------
+# Two kinds of objects work together. An **extension** of BackPACK, here ``BatchGrad``,
+# stands for a quantity, and serves the whole network. A **module extension** is what we
+# write: it says how to compute this quantity at the layers of one class. For
+# first-order extensions like ``BatchGrad`` it needs:
 #
 # - the list of parameters that it can treat, given to the base class;
 # - for each of these, **a method with the parameter's name**. What it returns is
@@ -200,9 +202,9 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 # Registration
 # ------------
 # ``set_module_extension`` connects the layer's class with our module extension. The
-# entry lives in one ``BatchGrad`` object, so a function that builds a
-# registered object is the convenient form. We build a fresh one for each use. (For
-# second-order extensions it will be more than convenient.)
+# entry lives in one ``BatchGrad`` object. So it is convenient to have a function that
+# builds a ``BatchGrad`` and registers our module extension in it. We call it anew for
+# each backward pass. (For second-order extensions that will be a must.)
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:

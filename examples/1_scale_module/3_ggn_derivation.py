@@ -435,7 +435,7 @@ def ggn_of_batch(reduction: str) -> Tensor:
     J = jacrev(lambda theta: vmap(network, (None, 0))(theta, X))(theta)
     batch_loss = nn.CrossEntropyLoss(reduction=reduction)
     batch_hessian = hessian(lambda outputs: batch_loss(outputs, Y))(outputs)
-    return einsum(J, batch_hessian, J, "n c i, n c m d, m d j -> i j")
+    return einsum(J, batch_hessian, J, "n c i, n c m k, m k j -> i j")
 
 
 G_batch = ggn_of_batch("sum")
@@ -473,13 +473,13 @@ print(f"V_out {list(V_out.shape)}, V_w {list(V_w.shape)}: diagonal {expected:.4f
 # The order of sums and squares matters. Two tempting variants give other numbers: to
 # sum over the samples before the square, and to square before the sum over features.
 
-too_early = V_w.sum(1).square().sum()
-too_late = einsum(X_scale.square(), V_out.square(), "n d, c n d ->")
+samples_first = V_w.sum(1).square().sum()
+features_last = einsum(X_scale.square(), V_out.square(), "n d, c n d ->")
 print(f"right: {expected:.4f}")
-print(f"samples summed before the square: {too_early:.4f}")
-print(f"squared before the sum over features: {too_late:.4f}")
+print(f"samples summed before the square: {samples_first:.4f}")
+print(f"squared before the sum over features: {features_last:.4f}")
 
-for wrong in [too_early, too_late]:
+for wrong in [samples_first, features_last]:
     if torch.isclose(wrong, expected):
         raise RuntimeError("The order makes no difference here.")
 

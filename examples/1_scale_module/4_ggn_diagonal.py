@@ -99,15 +99,16 @@ class ScaleModule(nn.Module):
 # Mind the order: sum over all axes of a sample (features, and steps if there are any),
 # **then** square, then sum over columns and samples.
 #
-# The extension
-# -------------
-# Second-order extensions inherit from ``ModuleExtension``. The method for a parameter
-# is named after it, as for ``BatchGrad``; the step for the layers before must be named
-# ``backpropagate``. Both get V as their last argument. (It is passed by position, so
-# the name is free; for ``BatchGrad`` we called it ``bp``.) There is no loop over the C
-# columns: one operation treats them all. Mind that the input comes first in the
-# ``einsum``. With V first the result is the same, but `it can take several times as
-# long <../3_in_use/3_cost.html>`_.
+# The module extension
+# --------------------
+# Module extensions of second order inherit from ``ModuleExtension``. The method for a
+# parameter is named after it, as for ``BatchGrad``; the step for the layers before must
+# be named ``backpropagate``. Both get V as their last argument. (It is passed by
+# position, so the name is free; for ``BatchGrad`` we called it ``bp``.) There is no
+# loop over the C columns: one operation treats them all. Mind that the input comes
+# first in the ``einsum``. With V first the result is the same, but other matrix
+# products are behind it, which `can take several times as long
+# <../3_in_use/3_cost.html>`_.
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
@@ -249,11 +250,11 @@ print("weight and backpropagate agree with VJPs")
 # %%
 # Registration
 # ------------
-# As for individual gradients, a function builds a fresh registered object for each use.
-# For second-order extensions this is more than convenient. An object that is used again
-# can pick up a V that an earlier backward pass left behind, and then the numbers are
-# wrong without an error. (`The contract, and what breaks it
-# <../2_any_layer/5_contract_and_traps.html>`_ shows it.)
+# As for individual gradients, a function builds a new ``DiagGGNExact`` for each
+# backward pass, and registers our module extension in it. For second-order extensions
+# this is a must. An object that is used again can pick up a V that an earlier backward
+# pass left behind, and then the numbers are wrong without an error. (`The contract, and
+# what breaks it <../2_any_layer/5_contract_and_traps.html>`_ shows it.)
 
 
 def make_diag_ggn(

@@ -23,7 +23,8 @@ You should know how an extension is written and registered:
 
 The letters: N samples in a batch, T steps of a sequence, D features, C classes. The
 backpropagated square root V has one column for each logit of a sample: C columns in a
-plain classifier, and more where a sample has more logits.
+plain classifier, and more where a sample has more logits. In the shapes of V, C stands
+for the number of columns.
 """
 
 import math
@@ -873,7 +874,9 @@ for place in ["first", "middle", "last"]:
 # %%
 # Within these limits, any layer? Here is one that has little in common with RMSNorm: it
 # mixes the steps of a sequence by a matrix, and multiplies by a number that is stored
-# as a 0-d tensor. The parameters need not be called weight.
+# as a 0-d tensor. The parameters need not be called weight. (In the first shape that is
+# printed, the first 3 is the number of samples that ``check`` asked for last. The other
+# two are T.)
 
 
 class MixSteps(nn.Module):

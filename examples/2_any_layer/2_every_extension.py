@@ -149,8 +149,8 @@ class ScaleModule(nn.Module):
 # - ``_weight_jac_t_mat_prod``: :math:`\mathrm{J}_w^\top v`, to the parameter;
 # - ``_jac_mat_prod``: :math:`\mathrm{J}_x u`, forward through the layer;
 # - ``_weight_jac_mat_prod``: :math:`\mathrm{J}_w u`, from the parameter to the output;
-# - ``ea_jac_t_mat_jac_prod``: :math:`\frac{1}{N} \sum_n (\mathrm{J}_x z_n)^\top M \,
-#   \mathrm{J}_x z_n` with a square matrix :math:`\bar{H}`, for KFRA and HBP (``ea``
+# - ``ea_jac_t_mat_jac_prod``: :math:`\frac{1}{N} \sum_n (\mathrm{J}_x z_n)^\top \bar{H}
+#   \, \mathrm{J}_x z_n` with a square matrix :math:`\bar{H}`, for KFRA and HBP (``ea``
 #   stands for expectation approximation);
 # - ``hessian_is_zero``: is the output linear in the input?
 #
@@ -508,11 +508,11 @@ missing = set(extensions.__all__) - {cls.__name__ for cls in build_module_extens
 print(f"{len(build_module_extension)} extensions, missing: {missing or 'none'}")
 
 # %%
-# One factory builds a fresh registered object for each use, of any extension. HBP takes
-# four settings. With these it is like KFRA, with the Hessian in place of the GGN.
-# (``BOTEV_MARTENS`` and ``CHEN``, which comes up at the end, are named after authors:
-# the first averages :math:`\mathrm{J}^\top \bar{H} \mathrm{J}`, the second each
-# factor.)
+# One factory builds a new extension for each use, of any kind, and registers our module
+# extension in it. HBP takes four settings. With these it is like KFRA, with the Hessian
+# in place of the GGN. (``BOTEV_MARTENS`` and ``CHEN``, which comes up at the end, are
+# named after authors: the first averages :math:`\mathrm{J}^\top \bar{H} \mathrm{J}`,
+# the second each factor.)
 
 hbp_options = {
     "curv_type": Curvature.HESSIAN,
@@ -674,7 +674,7 @@ def ask_autodiff(case: Case, name: str) -> Witness:
     g = vmap(grad(loss), (None, 0, 0))(*data)
     H = vmap(hessian(loss), (None, 0, 0))(*data)
     J = vmap(jacrev(output), (None, 0))(*data[:2])
-    ggn = einsum(J, loss_hessians(case), J, "n c i, n c d, n d j -> n i j")
+    ggn = einsum(J, loss_hessians(case), J, "n c i, n c k, n k j -> n i j")
     return Witness(g, J, ggn, H)
 
 
@@ -878,12 +878,12 @@ def read_S(case: Case, extension_class: type[BackpropExtension], **settings) -> 
 for case in cases:
     case.S["exact"] = read_S(case, SqrtGGNExact)
     case.S["mc"] = read_S(case, SqrtGGNMC, **mc)
-    square = einsum(case.S["exact"], case.S["exact"], "k n c, k n d -> n c d")
+    square = einsum(case.S["exact"], case.S["exact"], "k n i, k n j -> n i j")
     torch.testing.assert_close(square, loss_hessians(case))
 
 last = cases[-1]  # with reduction "sum", so r = 1
 S_exact, S_mc, H_loss = last.S["exact"], last.S["mc"], loss_hessians(last)
-square = einsum(S_mc, S_mc, "k n c, k n d -> n c d")
+square = einsum(S_mc, S_mc, "k n i, k n j -> n i j")
 error = (square - H_loss).norm() / H_loss.norm()
 print(f"S: {list(S_exact.shape)}, sampled: {list(S_mc.shape)}")
 print(f"With 3 labels per sample, S S^T is off by {error:.0%}.")

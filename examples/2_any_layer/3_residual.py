@@ -97,7 +97,8 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 
 # %%
-# As always, a function builds a fresh registered extension for each use.
+# As always, a function builds a new extension for each backward pass, and registers our
+# module extension in it.
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
@@ -297,6 +298,7 @@ for identity_first in [True, False]:
     diag_ggn = make_diag_ggn()
     with backpack(diag_ggn):
         loss_function(block(fork), labels).backward()
+    # Each V is kept under the memory address of the tensor that it belongs to.
     V_x = diag_ggn.saved_quantities.retrieve_quantity(fork.data_ptr(), delete_old=True)
     torch.testing.assert_close(V_x, expected)
     print(f"identity first: {identity_first!s:5}  V at the fork: {list(V_x.shape)}")

@@ -232,7 +232,7 @@ target[0] = output[0]
 
 R = output - target
 s = loss_function.compute_s(R)
-outer = einsum(R, R, "n c, n d -> n c d")
+outer = einsum(R, R, "n i, n j -> n i j")
 identity = torch.eye(C, dtype=torch.float64, device=device)
 H = (identity - outer / (delta * s).square().reshape(N, 1, 1)) / s.reshape(N, 1, 1)
 
@@ -372,7 +372,7 @@ def make_diag_ggn(
 def principal_root(H: Tensor) -> Tensor:
     """Return the symmetric, positive root of each matrix, shape ``[N, C, C]``."""
     eigenvalues, U = torch.linalg.eigh(H)
-    return einsum(U, eigenvalues.sqrt(), U, "n c k, n k, n d k -> n c d")
+    return einsum(U, eigenvalues.sqrt(), U, "n i k, n k, n j k -> n i j")
 
 
 for reduction, factor in {"mean": 1 / N, "sum": 1.0}.items():
@@ -381,7 +381,7 @@ for reduction, factor in {"mean": 1 / N, "sum": 1.0}.items():
     module_extension = PseudoHuberLossDiagGGNExact()
     S_returned = module_extension.backpropagate(None, loss_function, None, None, None)
 
-    square = einsum(S_returned, S_returned, "k n c, k n d -> n c d")
+    square = einsum(S_returned, S_returned, "k n i, k n j -> n i j")
     torch.testing.assert_close(square, factor * H_by_autodiff)
     expected = rearrange(principal_root(factor * H_by_autodiff), "n c k -> k n c")
     torch.testing.assert_close(S_returned, expected)
@@ -506,7 +506,7 @@ class CholeskyDiagGGNExact(PseudoHuberLossDiagGGNExact):
     def backpropagate(self, ext, module, g_inp, g_out, V_out: None) -> Tensor:
         """Compute the Cholesky factor, shape ``[C, N, C]``, the columns first."""
         S = super().backpropagate(ext, module, g_inp, g_out, V_out)
-        H = einsum(S, S, "k n c, k n d -> n c d")
+        H = einsum(S, S, "k n i, k n j -> n i j")
         return rearrange(torch.linalg.cholesky(H), self.axes)
 
 
@@ -662,7 +662,7 @@ class ConvexLossDiagGGNExact(ModuleExtension):
         eigenvalues, U = torch.linalg.eigh(H)
         if (eigenvalues[:, 0] < -1e-6 * eigenvalues.abs().amax(-1)).any():
             raise ValueError(f"Not convex: eigenvalue {eigenvalues.min().item():.4f}")
-        return einsum(U, eigenvalues.clamp(0).sqrt(), U, "n c k, n k, n d k -> d n c")
+        return einsum(U, eigenvalues.clamp(0).sqrt(), U, "n i k, n k, n j k -> j n i")
 
 
 # %%
@@ -719,7 +719,7 @@ second_term = 2 * outer / (delta * s).square().reshape(N, 1, 1)
 by_formula = (identity - second_term) / s.square().reshape(N, 1, 1)
 torch.testing.assert_close(by_formula, H_cauchy)
 
-along = einsum(R, H_cauchy, R, "n c, n c d, n d -> n") / R.square().sum(-1)
+along = einsum(R, H_cauchy, R, "n c, n c k, n k -> n") / R.square().sum(-1)
 torch.testing.assert_close(along[1:], ((2 - s**2) / s**4)[1:])
 
 # %%
@@ -777,7 +777,7 @@ class WrongRootOfNegative(ModuleExtension):
         H = vmap(jacrev(jacrev(module.forward)))(module.input0.detach(), module.input1)
         eigenvalues, U = torch.linalg.eigh(H / len(H))
         return einsum(
-            U, self.square_roots(eigenvalues), U, "n c k, n k, n d k -> d n c"
+            U, self.square_roots(eigenvalues), U, "n i k, n k, n j k -> j n i"
         )
 
     def square_roots(self, eigenvalues: Tensor) -> Tensor:

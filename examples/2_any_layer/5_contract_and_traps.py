@@ -387,10 +387,10 @@ def ggn_diagonals(
         return functional_call(model, parameters, (X,))
 
     parameters = {n: p.detach() for n, p in model.named_parameters()}
-    # hessian: [N, C, N, C], for sample n, class c, sample m, class d
+    # hessian: [N, C, N, C], for sample n, class c, sample m, class k
     hessian = jacrev(jacrev(lambda f: loss_function(f, y)))(output(parameters))
     return {  # J: [N, C, *parameter.shape]
-        name: torch.einsum("nc...,ncmd,md...->...", J, hessian, J)
+        name: torch.einsum("nc...,ncmk,mk...->...", J, hessian, J)
         for name, J in jacrev(output)(parameters).items()
     }
 
@@ -592,7 +592,7 @@ marks = {
     "D": "backpropagate is missing, or the layer has several inputs",
     "E": "the parameter is frozen, tied, or not a leaf",
     "F": "the loss is not extended, is scaled, or ignores targets",
-    "G": "V of the data is left behind in the extension",
+    "G": "a V of the network's input is left behind in the extension object",
 }
 
 # %%
@@ -637,11 +637,13 @@ plt.show()
 # %%
 # The contract in one table
 # -------------------------
-# Now the shapes: the same recorder, in six situations. The weight of the scale module
-# has shape ``[1]``. The last rows show BackPACK's own extension for a linear layer with
-# a weight of shape ``[5, 4]``, because a larger parameter tells more. The network
-# ``pixelwise`` classifies two pixels per sample: its output ``[N, C, 2]`` has the
-# classes on axis 1.
+# Now the shapes: the same recorder, in six situations. Two of BackPACK's extensions are
+# new here. ``DiagGGNMC`` is ``DiagGGNExact`` with random columns in V, as many as
+# ``mc_samples`` says. ``SqrtGGNExact`` stores V of each parameter itself, without
+# squares and sums. The weight of the scale module has shape ``[1]``. The last rows show
+# BackPACK's own extension for a linear layer with a weight of shape ``[5, 4]``, because
+# a larger parameter tells more. The network ``pixelwise`` classifies two pixels per
+# sample: its output ``[N, C, 2]`` has the classes on axis 1.
 
 pixels, classes = make_data(C, 2)[0], torch.randint(C, (N, 2), device=device)
 pixelwise = nn.Sequential(nn.Linear(2, 2), ScaleModule()).to(device, torch.float64)
@@ -905,6 +907,8 @@ torch.testing.assert_close(right, gradients["1.weight"])
 #   ``individual_gradients`` and ``ggn_diagonals`` compute them for other networks.
 #   ``provoke`` runs what must fail and prints its message; ``silently_wrong`` prints a
 #   wrong result above the right one.
+# - ``linears`` is a network without a scale module, ``frozen`` a copy of ``network`` in
+#   which the scale weight is frozen. ``subset`` is ``[4, 0, 2]``.
 # - V is what second-order extensions send from layer to layer.
 #
 # NotImplementedError: ``does not have an extension for Module``

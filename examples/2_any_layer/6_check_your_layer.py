@@ -190,8 +190,8 @@ MY_LAYER = Layer(
 #   of the module needs a method in each extension. If you have one extension only,
 #   leave out the line of the other.
 # - Let features in and out differ if your layer can do that: ``make_module=lambda:
-#   LowRankLinear(4, 3, rank=2)``. Check also one with equal numbers: there, a missing
-#   transpose gives wrong numbers instead of an error, and those can be named.
+#   MyLayer(4, 3)``. Check also one with equal numbers: there, a missing transpose gives
+#   wrong numbers instead of an error, and those can be named.
 # - The forward pass must not be random. Switch dropout off: ``make_module=lambda:
 #   MyLayer().eval()``.
 # - Images work too: ``sample_shapes=[(2, 5, 6)]`` is a batch of ``[N, 2, 5, 6]``.
@@ -250,7 +250,7 @@ def jacobians(
 
     samples = []
     for n, x in enumerate(X):
-        inputs = {"input0": x.clone(), **values}
+        inputs = {"input0": x.clone(), **values}  # x alone shares memory with all of X
         with swap.active(inputs, n) if swap else nullcontext():
             samples.append(jacobian(forward, tuple(inputs.values())))
     stacked = [torch.stack(J) for J in zip(*samples, strict=True)]
@@ -291,8 +291,8 @@ def accepted_shapes(layer: Layer, N: int) -> list[tuple[int, ...]]:
 
 # %%
 # A ``Case`` is one setting in which methods are called by hand: a module, an input, and
-# random numbers for the quantities that BackPACK would bring to the layer's
-# output.
+# random numbers for what BackPACK would bring to the layer's output: the gradient G,
+# and V.
 
 EXTENSIONS = {"BatchGrad": BatchGrad, "DiagGGNExact": DiagGGNExact}
 
@@ -320,7 +320,7 @@ class Case:
     earlier: "Case | None" = None
 
     def __post_init__(self):
-        """Draw G, ``[N, *]``, and V, ``[C, N, *]``, for the layer's output Z."""
+        """Draw the gradient G, ``[N, *]``, and V, ``[C, N, *]``, at the output Z."""
         self.Z = self.module(self.X).detach()
         self.G = torch.randn_like(self.Z)
         self.V = self.Z.new_empty(self.C, *self.Z.shape).normal_()
@@ -584,7 +584,10 @@ def settings_of(method: Method, cases: list[Case]) -> list[Case]:
 #
 # People make such mistakes in the backward direction only: the forward pass is right.
 # Autodiff can make them too. It saves tensors in the forward pass for use in the
-# backward pass, and lets us swap what it gets back.
+# backward pass, and ``saved_tensors_hooks`` lets us change them on the way: its first
+# argument is called when a tensor is saved, its second when it is needed again. We save
+# all of them as they are (``detach`` cuts them from the graph, as PyTorch requires),
+# and know one again by its memory.
 
 
 @dataclass
@@ -990,10 +993,10 @@ def needs_parameter_methods(layer: Layer, method: Method, case: Case) -> bool:
     arguments = make_arguments(method, case)
     try:
         extension = layer.diag_ggn()
-        for name, _ in case.module.named_parameters(recurse=False):
-            with torch.no_grad():
+        with torch.no_grad():
+            for name, _ in case.module.named_parameters(recurse=False):
                 getattr(extension, name)(*arguments)
-        value = extension.backpropagate(*arguments)
+            value = extension.backpropagate(*arguments)
     except Exception:
         return False
     return compare(value, right_answer(method, case))[0] == "ok"
@@ -1105,6 +1108,7 @@ class Network:
         column: Name of the setting, as a column of the table.
         net: The network, not extended; its output has shape ``[N, C]``.
         layers: The layers in it that are checked.
+        before: How many layers stand before those.
         X: Input, shape ``[N, *]``.
         loss: Class of the loss.
         subset: Samples asked for by subsampling. Default: all.
@@ -1115,6 +1119,7 @@ class Network:
     column: str
     net: nn.Sequential
     layers: list[nn.Module]
+    before: int
     X: Tensor
     loss: type[nn.Module] = nn.CrossEntropyLoss
     subset: list[int] | None = None
@@ -1135,6 +1140,13 @@ class Network:
                     self.own[f"{path}.{name}"] = name
                     p.requires_grad_(name not in self.frozen)
 
+    def method_for(self, name: str) -> str | None:
+        """Return which of our methods decides on a result, ``None`` if it is none."""
+        if name in self.own:
+            return self.own[name]
+        is_before = name == "input0" or int(name.split(".")[0]) < self.before
+        return "backpropagate" if is_before else None
+
     @cached_property
     def J(self) -> dict[str, Tensor]:
         """Return Jacobians ``[N, C, p]`` for parameters and input of p entries."""
@@ -1153,9 +1165,9 @@ class Network:
 
 # %%
 # The networks: the layer first, with and without a gradient for the input; in the
-# middle; last, with another loss; two copies side by side; each parameter frozen in
-# turn and all; a subset; a single sample. ``Linear`` acts on the last axis, so these
-# networks serve samples of any shape.
+# middle; last, with another loss; two such layers in ``Parallel``, which adds up their
+# outputs; each parameter frozen in turn and all; a subset; a single sample. ``Linear``
+# acts on the last axis, so these networks serve samples of any shape.
 
 
 def networks_for(layer: Layer, shape: tuple[int, ...], N: int, C: int) -> list[Network]:
@@ -1174,7 +1186,8 @@ def networks_for(layer: Layer, shape: tuple[int, ...], N: int, C: int) -> list[N
     def network(column: str, before: list, tested: list, after: list, **options: Any):
         options = {"X": data(N, *shape[:-1], 3)} | options
         core = tested[0] if len(tested) == 1 else Parallel(*tested)
-        return Network(column, nn.Sequential(*before, core, *after), tested, **options)
+        net = nn.Sequential(*before, core, *after)
+        return Network(column, net, tested, len(before), **options)
 
     def new(count: int = 1) -> list[nn.Module]:
         return [build_module(layer) for _ in range(count)]
@@ -1268,7 +1281,7 @@ def expected_in(network: Network, kind: str, reduction: str) -> dict[str, Tensor
             g = einsum(J, G, "n c p, n c -> n p")[network.subset or slice(None)]
             expected[name] = g.reshape(-1, *tensor.shape)
         else:
-            diagonal = einsum(J, H, J, "n c p, c n d, n d p -> p")
+            diagonal = einsum(J, H, J, "n c p, c n k, n k p -> p")
             expected[name] = diagonal.reshape(tensor.shape)
     return expected
 
@@ -1303,15 +1316,16 @@ def run_backpack(
     }
     if kind == "DiagGGNExact" and network.needs_grad:
         # BackPACK keeps V by the memory address of the tensor that it belongs to.
-        V = extension.saved_quantities.retrieve_quantity(X.data_ptr(), True)
+        V = extension.saved_quantities.retrieve_quantity(X.data_ptr(), delete_old=True)
         stored["input0"] = None if V is None else V.square().sum(0)
     return stored
 
 
 # %%
 # Compare, and assign each comparison to a method: the GGN diagonal of the input and of
-# layers other than ours depends on ``backpropagate``. If an error is raised, the
-# traceback tells in which method of the extension.
+# the layers before ours depends on ``backpropagate``. The layers behind ours depend on
+# none of our methods, so they are left out. If an error is raised, the traceback tells
+# in which method of the extension.
 
 
 def method_that_raised(error: Exception, names: list[str]) -> str | None:
@@ -1343,9 +1357,9 @@ def check_in_network(layer: Layer, network: Network, kind: str) -> list[Result]:
             continue
         expected = expected_in(network, kind, reduction)
         for name, value in stored.items():
-            method = Method(kind, network.own.get(name, "backpropagate"))
+            method = Method(kind, network.method_for(name))
             if method.name not in names:
-                continue  # BatchGrad of layers other than ours
+                continue  # a layer behind ours, or any other layer for BatchGrad
             row, missing = f"{method} {reduction}", ("missing", "nothing is stored")
             verdict = missing if value is None else compare(value, expected[name])
             results.append(Result(row, network.column, *verdict))
@@ -1519,10 +1533,12 @@ def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
 # The settings by hand: shapes of the input, a ``subset`` of the samples, the layer in
 # first place, an extension that is ``reused`` for a second layer. In networks: the
 # layer ``first``; first, with a gradient for the ``input``; in the ``middle``;
-# ``last``; two ``copies`` side by side; a ``subset``; one sample; and ``frozen``
-# parameters. ``mean`` and ``sum`` are the loss's reductions. A row ``backpropagate``
-# compares the GGN diagonal of all other layers, and of the input if it requires a
-# gradient. (In ``first`` all of them come behind ours, so there it tests nothing.)
+# ``last``; two ``copies``, whose outputs are added; a ``subset``; one sample; and
+# ``frozen`` parameters. ``mean`` and ``sum`` are the loss's reductions. A row
+# ``backpropagate`` compares the GGN diagonal of the layers before ours, and of the
+# input if it requires a gradient. A cell of the second table stands for several
+# comparisons, one for each shape of a sample and each parameter, so there are more
+# checks than cells.
 
 report = check(MY_LAYER)
 print(report)

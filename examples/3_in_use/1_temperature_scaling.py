@@ -138,11 +138,12 @@ print(f"ECE on test data: {calibration_error(Z_test, y_test):.3f}")
 # %%
 # One number to mend it
 # ---------------------
-# Guo et al. (2017) divide all logits by one number, the temperature :math:`T`. We
-# multiply them by its inverse, :math:`w = 1/T`. That is the scale module, set on top of
-# the network. Its weight is chosen to minimize the cross-entropy on the validation set.
-# With the logits :math:`z_n` and the label :math:`y_n` of sample n, and the
-# cross-entropy :math:`\ell` of one sample, this is
+# Guo et al. (2017) divide all logits by one number, the temperature :math:`T`. (On
+# other pages T counts the steps of a sequence. There are none here.) We multiply them
+# by its inverse, :math:`w = 1/T`. That is the scale module, set on top of the network.
+# Its weight is chosen to minimize the cross-entropy on the validation set. With the
+# logits :math:`z_n` and the label :math:`y_n` of sample n, and the cross-entropy
+# :math:`\ell` of one sample, this is
 #
 # .. math::
 #     L(w) = \frac{1}{N} \sum_{n=1}^{N} \ell(w z_n, y_n)
@@ -273,9 +274,9 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 
 # %%
-# Each backward pass gets a fresh object with the extension registered. One that is used
-# again can pick up a V that an earlier pass left behind, as V is kept by memory
-# address.
+# Each backward pass gets a new extension object, with our module extension registered
+# in it. One that is used again can pick up a V that an earlier pass left behind, as V
+# is kept by memory address.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -627,6 +628,7 @@ def draw_reliability(ax: plt.Axes, Z: Tensor, y: Tensor, title: str) -> None:
     )
     ax.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     ax.plot(middles, counts / counts.sum(), "o", color="C2", label="share of samples")
+    # The largest of C probabilities is at least 1 / C.
     ax.set(xlim=(1 / C - 0.03, 1), ylim=(0, 1), xlabel="confidence")
     ax.set_title(title)
 
@@ -658,8 +660,8 @@ print(f"w = {w_fit:.3f} with a standard error of {standard_error:.3f}")
 # %%
 # Our data are generated, so we can test this: draw 60 fresh validation sets, fit a
 # weight on each, and look at the spread. The formula assumes that the scaled network's
-# probabilities are true, and 60 sets give a rough spread. So we ask for agreement up to
-# a factor: the relative tolerance is 0.6.
+# probabilities are true, and 60 sets give a rough spread. So we only ask that the
+# standard error is not off by more than 60 percent of the spread.
 
 fresh = [draw_data(len(y_val)) for _ in range(60)]
 weights = torch.tensor([fit(network(X), y)[0] for X, y in fresh])

@@ -175,8 +175,9 @@ for name, X in [("test data", X_test), ("radius 10", ring(10.0))]:
 # it by a Gaussian around the trained parameters :math:`\theta_*`, which has the same
 # curvature there (MacKay, 1992; Daxberger et al., 2021). The curvature of the loss is
 # replaced by its GGN, which has no negative eigenvalue, so that the result is a
-# Gaussian for sure. With the Jacobians :math:`\mathrm{J}_\theta f_n` of the outputs
-# :math:`f_n = f_{\theta_*}(x_n)`, each of shape ``[C, p]`` for p parameters,
+# Gaussian for sure. With the training data :math:`\mathcal{D}`, and the Jacobians
+# :math:`\mathrm{J}_\theta f_n` of the outputs :math:`f_n = f_{\theta_*}(x_n)`, each of
+# shape ``[C, p]`` for p parameters,
 #
 # .. math::
 #     p(\theta \mid \mathcal{D}) \approx
@@ -245,9 +246,9 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 
 # %%
-# Each backward pass gets a fresh object with the extension registered. One that is used
-# again can pick up a V that an earlier pass left behind, as V is kept by memory
-# address.
+# Each backward pass gets a new extension object, with our module extension registered
+# in it. One that is used again can pick up a V that an earlier pass left behind, as V
+# is kept by memory address.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -422,7 +423,7 @@ def log_evidence(
 # The witness uses ``torch.distributions`` for the prior, with all its constants, and
 # ``logdet`` for the volume of the bump.
 
-delta = torch.tensor(0.7, dtype=torch.float64, device=device)
+delta = torch.tensor(0.7, dtype=torch.float64, device=device)  # any will do
 with torch.no_grad():
     theta = parameters_to_vector(network.parameters())
     loss = loss_function(network(X_train), y_train)
@@ -548,7 +549,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 
 # %%
-# A function builds a fresh ``BatchGrad``, as above. With ``subsampling``, only some
+# A function builds a new ``BatchGrad``, as above. With ``subsampling``, only some
 # samples are computed.
 
 

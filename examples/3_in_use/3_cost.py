@@ -215,9 +215,9 @@ class ScaleModuleDiagGGNExactLoop(ScaleModuleDiagGGNExact):
 
 
 # %%
-# Each backward pass gets a fresh object with the extension registered. (One that is
-# used again can pick up a V that an earlier pass left behind, as V is kept by memory
-# address.)
+# Each backward pass gets a new extension object, with our module extension registered
+# in it. (One that is used again can pick up a V that an earlier pass left behind, as V
+# is kept by memory address.)
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
