@@ -334,11 +334,13 @@ torch.testing.assert_close(h, full_ggn(X_train).diag())
 # The diagonal is a sum of squares over the columns of V. It hides their signs and their
 # order. So the V that ``backpropagate`` returns is also compared with VJPs directly.
 
+scale = network[2]
+X = torch.randn(5, H, dtype=torch.float64, device=device)
+scale(X)  # so that it holds an input, as in a backward pass
 V_out = torch.randn(C, 5, H, dtype=torch.float64, device=device)
-V_in = ScaleModuleDiagGGNExact().backpropagate(None, network[2], None, None, V_out)
+V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
-w = network[2].weight.detach()
-_, input_vjp = vjp(lambda X: w * X, torch.zeros_like(V_out[0]))
+_, input_vjp = vjp(lambda X: scale.weight.detach() * X, X)
 torch.testing.assert_close(V_in, vmap(input_vjp)(V_out)[0])
 
 # %%
