@@ -81,41 +81,62 @@ def test_renamed_page_leaves_nothing_behind(stubs):
     good_build(stubs)
 
 
-def test_published_address(stubs):
-    """One value, the repository, puts addresses and launch buttons into the site."""
+# ---------------------------------------------------------------------------
+# Stubs: one value, the repository, puts addresses and launch buttons into the site
+# ---------------------------------------------------------------------------
+def test_wrong_repository_name(stubs):
+    """A name that is not owner/name fails the build and is shown."""
     build = stubs.make("html", GITHUB_REPOSITORY="layers")
     assert build.returncode != 0
     assert "GITHUB_REPOSITORY is 'layers', but must be owner/name" in build.stdout
-    for repository in ["someone/layers", ""]:
-        home = "https://someone.github.io/layers/" if repository else ""
-        build = stubs.make("html", GITHUB_REPOSITORY=repository)
-        assert build.returncode == 0, build.stdout[-3000:]
-        files = [p.relative_to(stubs.html) for p in stubs.html.rglob("*.html")]
-        files = [
-            f for f in files if f.parts[0] != "_static" and f.name != "search.html"
-        ]
-        sitemap = ElementTree.parse(stubs.html / "sitemap.xml").getroot()
-        listed = sorted(location.text for location in sitemap.findall(".//{*}loc"))
-        assert listed == sorted(f"{home}{file}" for file in files)
-        for file in files:
-            soup = BeautifulSoup((stubs.html / file).read_text(), "html.parser")
-            about = {
-                m.get("property"): m["content"] for m in soup.select("meta[content]")
-            }
-            assert about["og:title"] in soup.title.text
-            assert len(about["og:description"]) > 40
-            image = urljoin(f"{home}{file}", about["og:image"])
-            assert (stubs.html / image.removeprefix(home)).is_file(), image
-            buttons = [a["href"] for a in soup.select("a.launch")]
-            is_page = len(file.parts) == 3 and file.name != "index.html"
-            assert len(buttons) == (is_page and bool(repository))
-            for href in buttons:
-                place = "https://colab.research.google.com/github/someone/layers/blob/"
-                notebook = stubs.html / href.removeprefix(f"{place}gh-pages/")
-                assert notebook.stem == file.stem
-                first, *_ = json.loads(notebook.read_text())["cells"]
-                for line in (ROOT / "requirements.txt").read_text().splitlines()[1:5]:
-                    assert line in "".join(first["source"])
+
+
+@pytest.fixture(scope="module", params=["someone/layers", ""], ids=["public", "local"])
+def published(stubs, request) -> dict[str, BeautifulSoup]:
+    """Build for a repository, or for none; return all documents by their address."""
+    build = stubs.make("html", GITHUB_REPOSITORY=request.param)
+    assert build.returncode == 0, build.stdout[-3000:]
+    home = "https://someone.github.io/layers/" if request.param else ""
+    files = [path.relative_to(stubs.html) for path in stubs.html.rglob("*.html")]
+    return {
+        f"{home}{file}": BeautifulSoup((stubs.html / file).read_text(), "html.parser")
+        for file in files
+        if file.parts[0] != "_static" and file.name != "search.html"
+    }
+
+
+def test_sitemap(stubs, published):
+    """The sitemap lists all documents."""
+    sitemap = ElementTree.parse(stubs.html / "sitemap.xml").getroot()
+    listed = [location.text for location in sitemap.findall(".//{*}loc")]
+    assert sorted(listed) == sorted(published)
+
+
+def test_link_previews(stubs, published):
+    """Each document says its title, what it is about, and has a picture that exists."""
+    for address, soup in published.items():
+        about = {m.get("property"): m["content"] for m in soup.select("meta[content]")}
+        assert about["og:title"] in soup.title.text
+        assert len(about["og:description"]) > 40
+        image = urljoin(address, about["og:image"])
+        path = image.removeprefix("https://someone.github.io/layers/")
+        assert (stubs.html / path).is_file(), image
+
+
+def test_launch_buttons(stubs, published):
+    """With a repository, each page opens its notebook, which installs what it needs."""
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()[1:5]
+    place = "https://colab.research.google.com/github/someone/layers/blob/gh-pages/"
+    for address, soup in published.items():
+        buttons = [a["href"] for a in soup.select("a.launch")]
+        is_page = re.search(r"gallery/.*/(?!index)", address)
+        assert len(buttons) == bool(is_page and address.startswith("https"))
+        for href in buttons:
+            notebook = stubs.html / href.removeprefix(place)
+            assert notebook.stem == Path(address).stem
+            first, *_ = json.loads(notebook.read_text())["cells"]
+            for line in requirements:
+                assert line in "".join(first["source"])
 
 
 # ---------------------------------------------------------------------------
