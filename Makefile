@@ -59,12 +59,13 @@ linkcheck: html  ## Visit every link to another site
 	@rm -rf $(BUILD)/linkcheck
 	$(SPHINX) -c . -b linkcheck docs $(BUILD)/linkcheck
 
-lint: venv-tests  ## Check format, style, spelling and the workflows
+lint: venv-tests  ## Check format, style, spelling, inventories and the workflows
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m ruff check .
 	.venv/bin/codespell -L nd README.md conf.py Makefile docs/*.rst examples tests
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows \
 	.github/workflows/*.yml
+	$(IN_VENV) -m pytest -q tests/test_lint.py -k inventories
 	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 clean:  ## Remove what was built, but not .venv

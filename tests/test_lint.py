@@ -1,4 +1,4 @@
-"""Format, style, spelling, workflows: what ``make lint`` checks."""
+"""Format, style, spelling, inventories, workflows: what ``make lint`` checks."""
 
 import re
 
