@@ -116,8 +116,8 @@ print(f"scale.output: {list(scale.output.shape)}")
 # The name ``input0`` ends in a number because a module may take several inputs. In the
 # backward pass, the backward hook runs all active extensions (so far there are none),
 # and after that it removes what was stored, to free the memory. (If BackPACK should
-# ever keep it, the last lines raise an error, and this page is not published. Such
-# lines stand wherever a page says what BackPACK does.)
+# ever keep it, the ``raise`` in the next cell stops the build, and this page is not
+# published. Such checks stand behind all that a page lists at its end as verified.)
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -193,12 +193,12 @@ plt.show()
 
 # %%
 # Data flow to the right. In the backward pass PyTorch sends gradients to the left, but
-# none into the data unless it requires a gradient (dotted). BackPACK's **first-order
-# extensions** look at these gradients when they pass a layer, and send nothing of their
-# own. Its **second-order extensions** send a further quantity to the left. For the GGN
-# it is called V, and `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ says
-# what it is. So for second order two things can go wrong in a layer: its own result,
-# and the V that it passes on.
+# none into the data unless it requires a gradient, and no V either (dotted arrows).
+# BackPACK's **first-order extensions** look at these gradients when they pass a layer,
+# and send nothing of their own. Its **second-order extensions** send a further quantity
+# to the left. For the GGN it is called V, and `The GGN and its diagonal, derived
+# <3_ggn_derivation.html>`_ says what it is. So for second order two things can go wrong
+# in a layer: its own result, and the V that it passes on.
 #
 # First order: a warning
 # ----------------------
@@ -218,7 +218,9 @@ print(f"hooks on the Sequential: {len(model._backward_hooks)}")
 #
 # ``BatchGrad`` computes individual gradients, and stores them in the attribute
 # ``grad_batch`` of each parameter. BackPACK knows ``Linear`` and does not know
-# ``ScaleModule``. It warns, and goes on.
+# ``ScaleModule``. It warns, and goes on. (In its message, the first "extension" is
+# ``BatchGrad``. The second is what ``BatchGrad`` needs for each class of layers; we
+# will call it a *module extension*.)
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -395,8 +395,8 @@ def vmap_over_samples(
 # The check
 # ---------
 # We build networks with the scale module first, in the middle and last. (For
-# second-order extensions the place will matter a lot.) ``Flatten`` lets the same
-# network take ``[N, D]`` and ``[N, T, D]``.
+# second-order extensions the place will matter a lot.) With ``Flatten``, the same
+# layers serve ``[N, D]`` and ``[N, T, D]``; only the last one has another size.
 
 places = {"first": 0, "middle": 2, "last": 4}
 

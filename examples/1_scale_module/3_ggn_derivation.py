@@ -15,8 +15,8 @@ We will:
 5. write the recursions down for the scale module, for one sample and for a batch;
 6. see where GGN and Hessian agree, and where they do not.
 
-You should know Jacobians and the chain rule. BackPACK appears only once, when we look
-at the square root that it uses. The code below each equation evaluates it, in float64,
+You should know Jacobians and the chain rule. BackPACK runs only once, when we look at
+its square root. The code below each equation evaluates it, in float64,
 with the Jacobians and Hessians of ``torch.func``.
 """
 
@@ -335,7 +335,8 @@ torch.testing.assert_close(torch.cat([J_k.T @ S for J_k in J_blocks]), V)
 #     (\mathrm{J}_{x^{(k-1)}} x^{(k)}) \, .
 #
 # To evaluate both, we go from the last layer to the first, and start with
-# :math:`\mathrm{J}_{x^{(K)}} f = I`.
+# :math:`\mathrm{J}_{x^{(K)}} f = I`. (The first line only reads what the second one
+# carries on. We call both recursions, for short.)
 
 xs = [x]
 for layer, theta_k in zip(layers, theta.split(sizes), strict=True):
@@ -559,7 +560,7 @@ plt.show()
 # -----------------
 # Every equation of this page was evaluated in float64 and compared at the default
 # tolerance of ``torch.testing.assert_close``: the square root of the loss's Hessian,
-# also against the one that BackPACK uses; both forms of the GGN; its diagonal; the
+# also against the one that BackPACK uses; all three forms of the GGN; its diagonal; the
 # stacks; both recursions; the two products of the scale module; the batch, for ``sum``
 # and ``mean``; the difference between GGN and Hessian, with the blocks where it
 # vanishes.

@@ -112,7 +112,7 @@ class ScaleModule(nn.Module):
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
-    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+    """Compute the exact GGN diagonal of ``ScaleModule``, and send V through it."""
 
     def __init__(self):
         """Name the parameters for which this class has a method."""
@@ -129,7 +129,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         """Compute the GGN diagonal of ``module.weight``.
 
         Args:
-            ext: The running extension (not needed).
+            ext: The running extension (not needed: it knows no subsampling).
             module: The layer; ``module.input0`` has shape ``[N, *]``.
             g_inp: Gradients with respect to the layer's inputs (not needed).
             g_out: Gradient with respect to the layer's output (not needed).
@@ -152,7 +152,7 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
         """Multiply V with the transposed Jacobian with respect to the input.
 
         Args:
-            ext: The running extension (not needed).
+            ext: The running extension (not needed: it knows no subsampling).
             module: The layer; ``module.weight`` has shape ``[1]``.
             g_inp: Gradients with respect to the layer's inputs (not needed).
             g_out: Gradient with respect to the layer's output (not needed).
@@ -423,8 +423,8 @@ def make_network(name: str, input_shape: tuple[int, ...]) -> nn.Sequential:
 # :math:`w` would go unnoticed.
 #
 # A frozen scale module must get no GGN diagonal, but V must still pass through it. To
-# be sure that ``backpropagate`` runs, we count. The class that counts replaces ours
-# from here on, so it must agree with VJPs, too.
+# be sure that ``backpropagate`` runs, we count. The class that counts replaces ours in
+# the comparison below, so it must agree with VJPs, too.
 
 
 class CountingDiagGGNExact(ScaleModuleDiagGGNExact):
@@ -514,9 +514,8 @@ print(f"{len(settings)} settings: BackPACK and GGN-vector products agree.")
 # %%
 # Break it, and see who notices
 # -----------------------------
-# A good check fails when it should. Here are three wrong extensions. The first
-# forgets to multiply with :math:`w`, the second loses the sign, the third squares too
-# early.
+# A good check fails when it should. Here are three wrong extensions. The first forgets
+# to multiply with :math:`w`, the second turns the sign, the third squares too early.
 
 
 class WrongFactor(ScaleModuleDiagGGNExact):

@@ -80,7 +80,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
-    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+    """Compute the exact GGN diagonal of ``ScaleModule``, and send V through it."""
 
     def __init__(self):
         """Name the parameters for which this class has a method."""
@@ -264,7 +264,8 @@ torch.testing.assert_close(combined, A + B)
 # ``nn.Identity`` returns :math:`x` itself, so its output has the address of the fork.
 # Its V is still not counted twice: BackPACK takes V away from the address of a layer's
 # output before it stores the result at the address of the input. (If V of the other
-# branch comes first, it is added there, and the identity passes on the sum.)
+# branch comes first, it is added to the :math:`V_z` that waits at this address for the
+# identity, which then passes on the total.)
 
 print(f"same address: {nn.Identity()(A).data_ptr() == A.data_ptr()}")
 
@@ -593,8 +594,9 @@ print(*sorted({type(layer).__name__ for layer in converted.modules()}))
 
 # %%
 # These are the layers, a ``SumModule``, BackPACK's own ``ScaleModule``, which
-# multiplies by a fixed number, and two kinds of container. ``FixedReZero`` is gone: the
-# converter has taken it apart.
+# multiplies by a fixed number, and two kinds of container. These do no harm: ``extend``
+# puts no hook on the outer one, and the inner ones are not called any more.
+# ``FixedReZero`` is gone: the converter has taken it apart.
 #
 # With our layer, the conversion fails.
 

@@ -167,7 +167,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
-    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+    """Compute the exact GGN diagonal of ``ScaleModule``, and send V through it."""
 
     def __init__(self):
         """Name the parameters for which this class has a method."""
@@ -256,7 +256,8 @@ torch.testing.assert_close(eigenvalues[:, 1:], (1 / s).unsqueeze(1).expand(N, C 
 # We look for S with :math:`S S^\top = \nabla_f^2 \ell`. A matrix with the same
 # eigenvectors and the square roots of the eigenvalues works: :math:`s^{-1/2}`
 # orthogonal to :math:`r`, and :math:`s^{-3/2}` along it. With :math:`\lVert r \rVert^2
-# = \delta^2 (s - 1)(s + 1)` the norm drops out:
+# = \delta^2 (s - 1)(s + 1)` the norm drops out. (In the code below the samples come
+# first, as in H: ``[N, C, C]``.)
 #
 # .. math::
 #     S = \frac{1}{\sqrt{s}} \left(
@@ -714,7 +715,7 @@ class CauchyLoss(PseudoHuberLoss):
 # We evaluate it at the residuals from above. The first of them is zero and has no
 # direction, so it is left out of the second comparison.
 
-H_cauchy = vmap(jacrev(jacrev(CauchyLoss(delta, "sum"))))(output.detach(), target)
+H_cauchy = vmap(jacrev(jacrev(CauchyLoss(delta, "sum"))))(output, target)
 second_term = 2 * outer / (delta * s).square().reshape(N, 1, 1)
 by_formula = (identity - second_term) / s.square().reshape(N, 1, 1)
 torch.testing.assert_close(by_formula, H_cauchy)

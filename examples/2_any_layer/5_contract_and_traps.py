@@ -189,7 +189,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
-    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+    """Compute the exact GGN diagonal of ``ScaleModule``, and send V through it."""
 
     def __init__(self):
         """Name the parameters for which this class has a method."""

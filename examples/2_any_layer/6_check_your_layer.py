@@ -141,7 +141,7 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
-    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+    """Compute the exact GGN diagonal of ``ScaleModule``, and send V through it."""
 
     def __init__(self):
         """Name the parameters for which this class has a method."""
@@ -814,7 +814,7 @@ def wrong_last_steps(method: Method, case: Case) -> dict[str, Tensor]:
     wrong = {f"too large by a factor {name}": k * right for name, k in factors.items()}
     wrong |= {f"too small by a factor {name}": right / k for name, k in factors.items()}
     wrong |= {
-        "sign lost": -right,
+        "wrong sign": -right,
         "all zeros": torch.zeros_like(right),
         "squared at the end": right.square(),
         "square root at the end": right.abs().sqrt(),
@@ -1629,7 +1629,7 @@ class ScaledLinearBatchGrad(FirstOrderModuleExtension):
 
 
 class ScaledLinearDiagGGNExact(ModuleExtension):
-    """Compute and backpropagate the exact GGN diagonal through ``ScaledLinear``."""
+    """Compute the exact GGN diagonal of ``ScaledLinear``, and send V through it."""
 
     def __init__(self):
         """Name the parameters for which this class has a method."""
@@ -1798,7 +1798,7 @@ class WrongGain(ScaledLinearDiagGGNExact):
 
 
 class WrongSign(ScaledLinearDiagGGNExact):
-    """Wrong on purpose: the sign of V is lost, which no GGN diagonal shows."""
+    """Wrong on purpose: V has the wrong sign, which no GGN diagonal shows."""
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Return minus V."""
@@ -1871,7 +1871,7 @@ answers = {
     WrongTranspose: "DiagGGNExact.backpropagate: missing transpose",
     WrongIdentity: "DiagGGNExact.backpropagate: returns V_out unchanged",
     WrongGain: "DiagGGNExact.backpropagate: leaves gain out (as if it were 1)",
-    WrongSign: "DiagGGNExact.backpropagate: sign lost",
+    WrongSign: "DiagGGNExact.backpropagate: wrong sign",
     WrongMissing: "DiagGGNExact.backpropagate: the method backpropagate is missing",
     WrongParams: "DiagGGNExact.bias: not listed",
     WrongFrozen: "DiagGGNExact.backpropagate: relies on the parameter methods",
@@ -1931,7 +1931,7 @@ plt.show()
 # sample. ``Subset`` shows only where a subset is asked for, ``Memory`` only where two
 # layers share an extension. ``SquareFirst`` passes with the layer last and a squared
 # error: there, each column of V has one nonzero entry per sample, so there is nothing
-# to sum. No network finds the lost sign, as squares hide it: for this,
+# to sum. No network finds the wrong sign, as squares hide it: for this,
 # ``backpropagate`` must be called by hand.
 
 batch_of_one = {"[1, 4]", "[1, 2, 4]", "N = 1"}

@@ -193,7 +193,7 @@ for name, X in [("test data", X_test), ("radius 10", ring(10.0))]:
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):
-    """Compute and backpropagate the exact GGN diagonal through ``ScaleModule``."""
+    """Compute the exact GGN diagonal of ``ScaleModule``, and send V through it."""
 
     def __init__(self):
         """Name the parameters for which this class has a method."""
