@@ -55,6 +55,7 @@ sphinx_gallery_conf = {
     "first_notebook_cell": "# If these are missing (on Colab, say), run this cell "
     f"without the first # of the next line.\n# %pip install {' '.join(PINS)}",
     "capture_repr": (),  # a page shows what it prints, as the script does
+    "remove_config_comments": True,  # such as the choice of the thumbnail
     "inspect_global_variables": False,  # link what is imported, not every variable
     "write_computation_times": False,  # its page loads scripts from other hosts
     "show_signature": False,

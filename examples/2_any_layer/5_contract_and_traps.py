@@ -422,7 +422,7 @@ for input_shape in [(D,), (T, D)]:
 # compared with PyTorch's VJP of the layer, one VJP for each column of V.
 
 scale = extend(ScaleModule(-1.5).to(device, torch.float64))
-scale(X)  # stores input0 and output, as before a backward pass
+scale(X)  # stores input0 and output, which backpropagate may read
 V_out = torch.randn(C, N, D, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
@@ -479,7 +479,8 @@ def record(
 
 
 # %%
-# Three recorded extensions, built anew for each use.
+# Three functions for recorded extensions. Two build one; ``record_ggn`` gets a new one,
+# as it serves ``DiagGGNExact`` and a relative of it.
 
 
 def record_batch_grad(subsampling: list[int] | None = None) -> BackpropExtension:
@@ -639,11 +640,12 @@ plt.show()
 # -------------------------
 # Now the shapes: the same recorder, in six situations. Two of BackPACK's extensions are
 # new here. ``DiagGGNMC`` is ``DiagGGNExact`` with random columns in V, as many as
-# ``mc_samples`` says. ``SqrtGGNExact`` stores V of each parameter itself, without
-# squares and sums. The weight of the scale module has shape ``[1]``. The last rows show
-# BackPACK's own extension for a linear layer with a weight of shape ``[5, 4]``, because
-# a larger parameter tells more. The network ``pixelwise`` classifies two pixels per
-# sample: its output ``[N, C, 2]`` has the classes on axis 1.
+# ``mc_samples`` says. (Both take the same module extensions. That of the loss asks
+# ``ext`` which columns to make.) ``SqrtGGNExact`` stores V of each parameter itself,
+# without squares and sums. The weight of the scale module has shape ``[1]``. The last
+# rows show BackPACK's own extension for a linear layer with a weight of shape ``[5,
+# 4]``, because a larger parameter tells more. The network ``pixelwise`` classifies two
+# pixels per sample: its output ``[N, C, 2]`` has the classes on axis 1.
 
 pixels, classes = make_data(C, 2)[0], torch.randint(C, (N, 2), device=device)
 pixelwise = nn.Sequential(nn.Linear(2, 2), ScaleModule()).to(device, torch.float64)
@@ -994,7 +996,7 @@ torch.testing.assert_close(model.layers[1].weight.grad_batch, gradients["1.weigh
 # AssertionError: ``expects a backpropagation quantity but it is None``
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** is the name of the layer that waited in vain for V, the
-# "backpropagation quantity". The reason lies **behind** it, nearer to the loss.
+# "backpropagation quantity". The reason mostly lies **behind** it, nearer to the loss.
 #
 # **Cause 1:** a function stands between two modules. Only modules send V on, so it is
 # lost there.
@@ -1205,7 +1207,9 @@ for name, parameter in model.named_parameters():
 
 # %%
 # **Cause 2:** a second ``backward`` through the same graph. ``retain_graph=True`` of
-# PyTorch keeps the graph, but BackPACK has deleted its part.
+# PyTorch keeps the graph, but BackPACK has deleted its part. (With ``BatchGrad``, the
+# last linear layer is the first to complain, as there is nothing to compute at the
+# loss.)
 
 model = extend(deepcopy(network))
 loss = extended_loss(model(X), y)
@@ -1929,8 +1933,9 @@ wrong = run(network, make_diag_ggn(), X, masked_y)[1].weight.diag_ggn_exact
 silently_wrong("ignored targets", wrong, right)
 
 # %%
-# **Cause:** the Hessian of the cross-entropy does not depend on the target, so BackPACK
-# never looks at it. Another ``ignore_index``, or class weights, raise an error:
+# **Cause:** the Hessian of the cross-entropy is the same for all classes that the
+# target can name, so BackPACK never looks at the target, and does not see the −100.
+# Another ``ignore_index``, or class weights, raise an error:
 
 for option, message in [
     ({"ignore_index": 0}, "Only default ignore_index (-100) is implemented"),
@@ -2010,9 +2015,9 @@ torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"]
 # %%
 # How far off the numbers are
 # ---------------------------
-# The figure shows the relative errors of all silent traps on this page. Their sizes
-# belong to these examples. Rounding explains none of them; without the right numbers,
-# most would go unnoticed.
+# The figure shows the relative errors of all silent traps on this page that store a
+# wrong number. Their sizes belong to these examples. Rounding explains none of them;
+# without the right numbers, most would go unnoticed.
 
 names = sorted(relative_errors, key=relative_errors.get)
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")

@@ -294,8 +294,6 @@ def accepted_shapes(layer: Layer, N: int) -> list[tuple[int, ...]]:
 # random numbers for what BackPACK would bring to the layer's output: the gradient G,
 # and V.
 
-EXTENSIONS = {"BatchGrad": BatchGrad, "DiagGGNExact": DiagGGNExact}
-
 
 @dataclass(eq=False)
 class Case:
@@ -462,8 +460,8 @@ class Result:
 
 # %%
 # The comparison is ``torch.testing.assert_close``, within ``1e-8`` of the largest
-# number of the right answer. (It is taken as 1e-4 at least, for right answers that are
-# zero.)
+# number of the right answer. (This largest number is taken as 1e-4 at least, for right
+# answers that are zero.)
 
 TOLERANCE = 1e-8
 
@@ -621,10 +619,10 @@ def neutral(tensor: Tensor) -> tuple[Tensor, str]:
 
 
 # %%
-# Each of them (but for the transpose) is tried in both ways: in both passes,
-# ``everywhere``, and in the backward pass only. The text in parentheses tells the two
-# apart. If both fit, one is reported. (A swap in the backward pass reaches tensors that
-# were saved as they are. If the layer saved ``gain * X``, the other way fits instead.)
+# Each of them (but for the transpose) is tried in two ways: in the backward pass only,
+# and in both passes, which is called ``everywhere``. The second way is for layers that
+# save no tensor that could be changed, for instance ``gain * X`` in place of ``gain``
+# and ``X``. If both fit, one is reported.
 
 
 @cache
@@ -677,6 +675,7 @@ def wrong_jacobians(method: Method, case: Case) -> dict[str, Tensor]:
         wrong["missing transpose (of the Jacobian)"] = J.mT
         wrong["drops the coupling of features"] = J * torch.eye(J.shape[1]).to(J)
         wrong["multiplies with the Jacobian twice"] = J @ J
+        # vjp will transpose once more: the inverse of J in place of J transposed
         inverse, failed = torch.linalg.inv_ex(J)
         if not failed.any():
             wrong["divides where it should multiply"] = inverse.mT
@@ -745,7 +744,7 @@ def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
         "squared before the sum over features": products.square().sum((0, 1, 2, 3)),
         "squared before the sum over T": products.sum(3).square().sum((0, 1, 2)),
         "squared before the sum over D": products.sum(2).square().sum((0, 1, 2)),
-        "input and V squared and summed each on its own": (
+        "input and V summed, then squared, each on its own": (
             J.sum(1).square() * V.sum(2).square().unsqueeze(-1)
         ).sum((0, 1)),
         "not squared": V_p.sum((0, 1)),
@@ -782,7 +781,7 @@ def wrong_backpropagate(method: Method, case: Case) -> dict[str, Tensor]:
     if case.X.shape == case.Z.shape:
         X, Z = case.X.reshape(N, -1), case.Z.reshape(N, -1)
         wrong["multiplies with module.input0, not the Jacobian"] = V * X
-        text = "takes a factor that depends on the input for a constant"
+        text = "treats a factor that depends on the input as a constant"
         wrong[text] = V * (Z / X)
     for name in [name for name in case.J if name != "input0"]:
         text = f"uses the Jacobian of {name}, not of the input"
@@ -859,8 +858,9 @@ def mistakes(method: Method, case: Case) -> dict[str, Tensor]:
 # -------------
 # A mistake is named only if it predicts what the method returned **in every setting**,
 # those that pass included: a factor N does no harm to a batch of one sample, so the
-# setting with N = 1 must be right. If two mistakes cannot be told apart for this
-# layer, both are named. If none fits, the diagnosis is "unknown", with the numbers.
+# setting with N = 1 must be right. (Where a mistake cannot be computed, the method must
+# be right.) If two mistakes cannot be told apart for this layer, both are named. If
+# none fits, the diagnosis is "unknown", with the numbers.
 
 
 def same_numbers(actual: Tensor, predicted: Tensor) -> bool:
@@ -891,9 +891,9 @@ def fitting_mistakes(method: Method, results: list[Result]) -> list[str]:
 
 
 # %%
-# If no known mistake fits, some patterns are still worth a name: a wrong shape only, a
-# constant factor, a constant offset, the right numbers in another order. Or a parameter
-# is a factor where it should not be.
+# If no known mistake fits, some patterns are still worth a name: a constant factor, a
+# constant offset, the right numbers in another order, or a parameter that is missing as
+# a factor or is one too much.
 
 
 def parameter_factor(method: Method, results: list[Result]) -> str | None:
@@ -987,7 +987,7 @@ def where(results: list[Result]) -> str:
 
 
 def needs_parameter_methods(layer: Layer, method: Method, case: Case) -> bool:
-    """Return whether ``backpropagate`` is right after the parameter methods only."""
+    """Return whether ``backpropagate`` needs what the parameter methods store."""
     if method.name != "backpropagate":
         return False
     arguments = make_arguments(method, case)
@@ -1003,7 +1003,8 @@ def needs_parameter_methods(layer: Layer, method: Method, case: Case) -> bool:
 
 
 # %%
-# All together: what a reader of the report sees for a method that fails.
+# All together: what a reader of the report sees for a method that fails. Errors come
+# first, then right numbers in a wrong shape; only after that the mistakes are tried.
 
 
 UNRELATED_TO_NUMBERS = ("dtype", "device", "alters")
@@ -1013,6 +1014,7 @@ def diagnose(layer: Layer, method: Method, results: list[Result]) -> str:
     """Name what is wrong with a method, from all results of calls by hand."""
     failing = [result for result in results if not result.ok]
     first = failing[0]
+    # The new try sees no earlier layer, so it says nothing about "reused".
     if not first.case.earlier and needs_parameter_methods(layer, method, first.case):
         return "relies on the parameter methods, which are skipped if frozen"
     for result in failing:
@@ -1332,7 +1334,7 @@ def method_that_raised(error: Exception, names: list[str]) -> str | None:
     """Return the name of the extension's method in which an error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f.name for f in frames if f.name in names]
-    if "expects a backpropagation quantity" in str(error):
+    if "expects a backpropagation quantity" in str(error):  # the layer before got no V
         return "backpropagate"
     return inside[-1] if inside else None
 
@@ -1386,7 +1388,7 @@ def check_networks(
 ) -> tuple[list[Result], dict[str, str]]:
     """Run all networks; return results, and diagnoses of what is not yet explained."""
     results, diagnoses = [], {}
-    for kind in EXTENSIONS:
+    for kind in ("BatchGrad", "DiagGGNExact"):
         if factory_of(layer, kind):
             for network in networks:
                 if kind == "BatchGrad" or network.subset is None:
@@ -1533,19 +1535,20 @@ def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
 # The settings by hand: shapes of the input, a ``subset`` of the samples, the layer in
 # first place, an extension that is ``reused`` for a second layer. In networks: the
 # layer ``first``; first, with a gradient for the ``input``; in the ``middle``;
-# ``last``; two ``copies``, whose outputs are added; a ``subset``; one sample; and
-# ``frozen`` parameters. ``mean`` and ``sum`` are the loss's reductions. A row
-# ``backpropagate`` compares the GGN diagonal of the layers before ours, and of the
-# input if it requires a gradient. A cell of the second table stands for several
-# comparisons, one for each shape of a sample and each parameter, so there are more
-# checks than cells.
+# ``last``; two ``copies`` with different parameters, whose outputs are added; a
+# ``subset``; one sample; and ``frozen`` parameters. ``mean`` and ``sum`` are the loss's
+# reductions. A row ``backpropagate`` compares the GGN diagonal of the layers before
+# ours, and of the input if it requires a gradient. A cell may stand for several
+# comparisons: one for each shape of a sample (by hand in ``subset``, in all networks),
+# for each of the copies, for each choice of frozen parameters, and for each parameter
+# before the layer. So there are more checks than cells.
 
 report = check(MY_LAYER)
 print(report)
 
 # %%
-# The same as a picture. All is blue if your extensions are right, as they are for the
-# scale module.
+# The same as a picture. If your extensions are right, no cell is orange. White cells
+# are the dots of the table.
 
 # sphinx_gallery_thumbnail_number = 2
 
@@ -1647,7 +1650,7 @@ class ScaledLinearDiagGGNExact(ModuleExtension):
     def gain(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Compute the GGN diagonal, shape ``[]``."""
         Z = module.input0 @ module.weight.mT
-        return einsum(V_out, Z, "c n ... o, n ... o -> c n").square().sum()
+        return einsum(Z, V_out, "n ... o, c n ... o -> c n").square().sum()
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Backpropagate V, ``[C, N, *, D_out]`` to ``[C, N, *, D_in]``."""
@@ -1689,7 +1692,7 @@ class WrongSubset(ScaledLinearBatchGrad):
 
 
 class WrongShape(ScaledLinearBatchGrad):
-    """Wrong on purpose: the gain has shape ``[]``, not ``[1]``."""
+    """Wrong on purpose: takes the gain for a parameter of shape ``[1]``."""
 
     def gain(self, ext, module, g_inp, g_out, bp) -> Tensor:
         """Return ``[S, 1]`` for ``[S]``."""
@@ -1931,8 +1934,8 @@ plt.show()
 # sample. ``Subset`` shows only where a subset is asked for, ``Memory`` only where two
 # layers share an extension. ``SquareFirst`` passes with the layer last and a squared
 # error: there, each column of V has one nonzero entry per sample, so there is nothing
-# to sum. No network finds the wrong sign, as squares hide it: for this,
-# ``backpropagate`` must be called by hand.
+# to sum. No network finds the wrong sign, as squares hide it (in ``copies`` it is wrong
+# in both branches): for this, ``backpropagate`` must be called by hand.
 
 batch_of_one = {"[1, 4]", "[1, 2, 4]", "N = 1"}
 backpropagate = Method("DiagGGNExact", "backpropagate")
