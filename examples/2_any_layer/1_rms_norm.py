@@ -120,9 +120,8 @@ N, T, D, C = 6, 3, 5, 4
 EPS = 1e-6
 
 X = torch.randn(N, T, D, dtype=torch.float64, device=device)
-ours, theirs = randomize(RMSNorm(D, EPS)), nn.RMSNorm(D, EPS)
+ours, theirs = randomize(RMSNorm(D, EPS)), randomize(nn.RMSNorm(D, EPS))
 theirs.load_state_dict(ours.state_dict())
-theirs = theirs.to(device, torch.float64)
 torch.testing.assert_close(ours(X), theirs(X))
 
 # %%
@@ -185,12 +184,12 @@ plt.show()
 # .. math::
 #     (g_w)_{nd} = \sum_{t=1}^{T} g_{ntd} \, u_{ntd} .
 #
-# The ellipsis in the ``einsum`` stands for the axes between N and D: T, several axes,
-# or none.
+# ``reduce`` from einops sums over the axes that are missing on the right of the arrow.
+# The ellipsis stands for the axes between N and D: T, several axes, or none.
 
 grad_Z = torch.randn(N, T, D, dtype=torch.float64, device=device)
 U, RMS = normalize(X, EPS)
-grad_w = einsum(grad_Z, U, "n ... d, n ... d -> n d")
+grad_w = reduce(grad_Z * U, "n ... d -> n d", "sum")
 
 for n in range(N):
     _, pull_back = vjp(lambda w, x: w * normalize(x, EPS)[0], w, X[n])
@@ -255,7 +254,7 @@ class RMSNormBatchGrad(FirstOrderModuleExtension):
         subset = ext.get_subsampling()
         U, _ = normalize(subsample(module.input0, subsampling=subset), module.eps)
         grad_Z = subsample(g_out[0], subsampling=subset)
-        return einsum(grad_Z, U, "n ... d, n ... d -> n d")
+        return reduce(grad_Z * U, "n ... d -> n d", "sum")
 
 
 # %%
@@ -295,8 +294,9 @@ def make_batch_grad(
 # Mind the order of sums and square. The sum over **t** belongs to the VJP of one sample
 # and comes before the square. The sums over **n** and **c** come after it.
 #
-# (For the scale module the input had to come first in the ``einsum``, for speed. With
-# the axis ``d`` in the result, V may come first.)
+# (For the scale module we took an ``einsum``, which turns the sum over all features
+# into matrix products. Here the axis ``d`` is kept. An ``einsum`` would make a tiny
+# matrix product of each feature, so we multiply and sum.)
 
 
 class RMSNormDiagGGNExact(ModuleExtension):
@@ -324,7 +324,7 @@ class RMSNormDiagGGNExact(ModuleExtension):
             V_out: V at the output, shape ``[C, N, D]`` or ``[C, N, T, D]``.
         """
         U, _ = normalize(module.input0, module.eps)
-        V_w = einsum(V_out, U, "c n ... d, n ... d -> c n d")
+        V_w = reduce(V_out * U, "c n ... d -> c n d", "sum")
         return reduce(V_w.square(), "c n d -> d", "sum")
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out: Tensor) -> Tensor:
@@ -935,27 +935,27 @@ def ratio(formula: Callable[[], object], autodiff: Callable[[], object]) -> str:
 # %%
 # One tuple of arguments serves all methods; each uses those that it needs.
 
-V = torch.randn(10, 16, 8, 32, device=device)  # columns, samples, steps, features
-layer = extend(RMSNorm(32).to(device))
-layer(torch.randn_like(V[0]))
-
 first_order = [RMSNormBatchGrad(), AutodiffBatchGrad(["weight"])]
 second_order = [RMSNormDiagGGNExact(), AutodiffDiagGGNExact(["weight"])]
 
-for extension, pair, name in [
-    (BatchGrad(), first_order, "weight"),
-    (DiagGGNExact(), second_order, "weight"),
-    (DiagGGNExact(), second_order, "backpropagate"),
-]:
-    arguments = (extension, layer, None, (V[0],), V)
-    with torch.no_grad():
-        result = ratio(*[partial(getattr(e, name), *arguments) for e in pair])
-    print(f"N = 16  {type(extension).__name__:12} {name:13}  {result}")
+for samples in [16, 256]:
+    V = torch.randn(10, samples, 8, 32, device=device)  # axes: columns, N, T, D
+    layer = extend(RMSNorm(32).to(device))
+    layer(torch.randn_like(V[0]))
+    for extension, pair, name in [
+        (BatchGrad(), first_order, "weight"),
+        (DiagGGNExact(), second_order, "weight"),
+        (DiagGGNExact(), second_order, "backpropagate"),
+    ]:
+        arguments = (extension, layer, None, (V[0],), V)
+        with torch.no_grad():
+            result = ratio(*[partial(getattr(e, name), *arguments) for e in pair])
+        print(f"N = {samples:<4} {type(extension).__name__:12} {name:13}  {result}")
 
 # %%
-# Autodiff pays for the forward pass and for setting up ``vjp`` and ``vmap``, much the
-# same for each method. So the ratio is large where the formula takes little time. It
-# falls where the products with V take most of the time, as in large layers.
+# Autodiff pays for the forward pass and for setting up ``vjp`` and ``vmap``. With few
+# samples, this weighs most. With many, the products themselves take most of the time,
+# and the ratio falls.
 #
 # Autodiff makes a good first version of an extension: within its limits it is right if
 # the forward pass is. And it is the witness for the formula that you write afterwards,
@@ -971,8 +971,9 @@ for extension, pair, name in [
 # ways to the loss, ``nn.RMSNorm``, and with a bias. The automatic extensions agree with
 # the closed form, and with the witnesses for two more layers.
 #
-# **Next:** `One derivatives class, every extension <2_every_extension.html>`_ replaces
-# the two extension classes by one class that serves most of BackPACK's extensions.
+# **Next:** `One derivatives class, every extension <2_every_extension.html>`_ returns
+# to the scale module, and serves all of BackPACK's extensions with one class and a few
+# short methods.
 #
 # RMSNorm: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019,
 # `arXiv:1910.07467 <https://arxiv.org/abs/1910.07467>`_. BackPACK: F. Dangel, F.

@@ -336,6 +336,7 @@ build_module_extension: dict[type[BackpropExtension], Callable] = {
     BatchGrad: lambda d: BatchGradBase(d, ["weight"]),
     BatchL2Grad: lambda d: BatchL2Base(["weight"], d),
     SumGradSquared: lambda d: SGSBase(d, ["weight"]),
+    # from the summed gradient and the sum of the squares
     Variance: lambda d: VarianceBaseModule(
         ["weight"], GradBaseModule(d, ["weight"]), SGSBase(d, ["weight"])
     ),
@@ -739,6 +740,7 @@ def check(extension_class, formula: Callable, cases=cases, **settings) -> None:
                 actual, expected, msg=lambda text, label=label: f"{label}: {text}"
             )
             distances.append((actual - expected).abs().max() / expected.abs().max())
+    # The last case has inputs [N, T, D], and a scale module in first place.
     distance, result = max(distances).item(), results["0.weight"]
     table.setdefault(extension_class, []).append((distance, result))
     label = f"{len(distances)} parameters in {len(cases)} runs agree"
@@ -1201,10 +1203,11 @@ check(HBP, lambda case, name: case.witness[name].hessian.sum(0), single)
 # ---------------
 # To check a function, ``check`` multiplies with all unit vectors: the result is the
 # block. It also takes their negatives, because a product must keep the sign. ``PCHMP``
-# makes the second derivatives of the layers positive: ``modify="clip"``, the default,
-# sets negative ones to zero, ``modify="abs"`` takes absolute values. With ``ReLU`` all
-# of them are zero, and the result must be the GGN. (We test it with nothing else;
-# *What cannot be had*, below, says why.)
+# makes the terms from the layers' second derivatives positive, which are weighted with
+# the gradient: ``modify="clip"``, the default, sets negative ones to zero,
+# ``modify="abs"`` takes absolute values. With ``ReLU`` all of them are zero, and the
+# result must be the GGN. (We test it with nothing else; *What cannot be had*, below,
+# says why.)
 
 relu_cases = [make_case(kind, r, nn.ReLU) for kind in names for r in ["mean", "sum"]]
 
@@ -1239,8 +1242,8 @@ if torch.allclose(product(unit), before):
 # %%
 # What cannot be had
 # ------------------
-# All 19 extensions support our layer. The limits lie elsewhere, and a derivatives class
-# cannot move them.
+# All 19 extensions support our layer. Most limits lie elsewhere, and a derivatives
+# class cannot move them.
 #
 # **Subsets** are an argument of three extensions. Passing one to another is an error.
 

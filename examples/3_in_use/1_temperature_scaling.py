@@ -275,8 +275,9 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 # %%
 # Each backward pass gets a new extension object, with our module extension registered
-# in it. One that is used again can pick up a V that an earlier pass left behind, as V
-# is kept by memory address.
+# in it. One that is used again can pick up a V that an earlier pass left behind: V is
+# kept by the memory address of the tensor that it belongs to, and a later tensor may
+# get the same address.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -333,7 +334,7 @@ for value in [-1.0, 0.1, 0.5, 1.0]:
 # which also sees a wrong sign:
 
 scale = make_scale(0.3)
-scale(Z_val[:6])  # so that it holds its input
+scale(Z_val[:6])  # so that it holds an input, as in a backward pass
 V_out = torch.randn(C, 6, C, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
@@ -679,6 +680,7 @@ torch.testing.assert_close(standard_error, spread, rtol=0.6, atol=0)
 # The backward pass goes only as far as someone needs a gradient, and BackPACK's V goes
 # with it. ``backpack`` calls its ``extension_hook`` after it has treated a layer. So we
 # can see where it was, with a network that is to be trained and with a frozen one.
+# (What is extended already, ``extend`` leaves as it is.)
 
 
 def visited_layers(model: nn.Module) -> list[str]:
@@ -742,7 +744,7 @@ for name, times in seconds.items():
 # from :math:`w = 1`; with a line search it converged to where gradient descent ends. On
 # test data no prediction changed, the ECE fell by more than half and the cross-entropy
 # by more than 15%. The standard error from the curvature fits the spread over fresh
-# validation sets, up to the stated factor. With the network frozen, BackPACK did not
+# validation sets, up to the stated tolerance. With the network frozen, BackPACK did not
 # enter it.
 #
 # **Next:** `Laplace approximation with the GGN diagonal <2_laplace.html>`_ uses the

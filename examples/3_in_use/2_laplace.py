@@ -162,7 +162,7 @@ def logits_of(X: Tensor) -> Tensor:
 for name, X in [("test data", X_test), ("radius 10", ring(10.0))]:
     confidence = plain_predictive(X).amax(1).mean()
     largest = logits_of(X).amax(1).mean()
-    print(f"{name}: mean confidence {confidence:.3f}, largest logit {largest:.1f}")
+    print(f"{name}: mean confidence {confidence:.3f}, mean largest logit {largest:.1f}")
 
 # %%
 # It is more sure far away than near the data. The logits grow with the distance, and
@@ -247,8 +247,9 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 # %%
 # Each backward pass gets a new extension object, with our module extension registered
-# in it. One that is used again can pick up a V that an earlier pass left behind, as V
-# is kept by memory address.
+# in it. One that is used again can pick up a V that an earlier pass left behind: V is
+# kept by the memory address of the tensor that it belongs to, and a later tensor may
+# get the same address.
 
 
 def make_diag_ggn() -> DiagGGNExact:
@@ -468,7 +469,9 @@ torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-5)
 
 # %%
 # A new :math:`\delta` moves the maximum of the posterior, and with it :math:`h`. So we
-# take turns: choose :math:`\delta`, train a little further, compute the curvature.
+# take turns: choose :math:`\delta`, train a little further, compute the curvature. (The
+# evidence need not rise in each turn, as :math:`\delta` is chosen for the
+# :math:`\theta_*` and :math:`h` of the turn before.)
 
 delta = 1.0
 for turn in range(5):
@@ -622,8 +625,9 @@ print(f"shortcut {by_short_cut[0]:.3f}")
 # %%
 # So we draw logits at random, with the full :math:`C \times C` covariance. A draw needs
 # no more than C random numbers for each input. All inputs share the same 500 standard
-# normal vectors, so that the picture below has no noise from point to point. Half of
-# them are the negatives of the others, so that their mean is exactly zero.
+# normal vectors (their axis n has size 1), so that the picture below has no noise from
+# point to point. Half of them are the negatives of the others, so that their mean is
+# exactly zero.
 
 normal = torch.randn(250, 1, C, dtype=torch.float64, device=device)
 normal = torch.cat([normal, -normal])
@@ -751,8 +755,8 @@ def full_laplace(X: Tensor) -> Tensor:
 
 
 # %%
-# A third way needs no Jacobian: sample parameters, and put them into the network as it
-# is, not linearized.
+# A third way needs no Jacobian: sample parameters from the Gaussian of the diagonal, as
+# above, and put them into the network as it is, not linearized.
 
 twin = make_network()
 
@@ -778,8 +782,9 @@ torch.testing.assert_close(max(laplace_nll - sampled_nll, 0.0), 0.0)
 
 # %%
 # With the full GGN the network is less sure far away than with the diagonal. And the
-# last row says why we linearized: the same Gaussian, put into the network as it is,
-# predicts the test labels worse. It reaches to where the linearization does not hold.
+# last row says why we linearized: the Gaussian of the diagonal, put into the network as
+# it is, predicts the test labels worse. It reaches to where the linearization does not
+# hold.
 #
 # The left panel follows the mean confidence from the center outward. With the full GGN
 # it falls from where the data end. With the diagonal there is no such fall: it is lower
@@ -804,11 +809,11 @@ draw_confidence(right, "Full Laplace: confidence", full_laplace)
 plt.show()
 
 # %%
-# The evidence shows the loss, too. Its log determinant can take the eigenvalues of
-# :math:`G` in the place of :math:`h`. The determinant of a positive definite matrix is
-# at most the product of its diagonal (Hadamard's inequality). So the diagonal **never**
-# gives more evidence than the full GGN, whatever :math:`\delta`. We check it at 80
-# values.
+# The evidence, too, shows what the diagonal loses. Its log determinant can take the
+# eigenvalues of :math:`G` in the place of :math:`h`. The determinant of a positive
+# definite matrix is at most the product of its diagonal (Hadamard's inequality). So the
+# diagonal **never** gives more evidence than the full GGN, whatever :math:`\delta`. We
+# check it at 80 values.
 
 eigenvalues = torch.linalg.eigvalsh(G).clamp(min=0)
 deltas = torch.logspace(-2, 1, 80, dtype=torch.float64, device=device)

@@ -216,8 +216,9 @@ class ScaleModuleDiagGGNExactLoop(ScaleModuleDiagGGNExact):
 
 # %%
 # Each backward pass gets a new extension object, with our module extension registered
-# in it. (One that is used again can pick up a V that an earlier pass left behind, as V
-# is kept by memory address.)
+# in it. (One that is used again can pick up a V that an earlier pass left behind: V is
+# kept by the memory address of the tensor that it belongs to, and a later tensor may
+# get the same address.)
 
 
 def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
@@ -481,7 +482,7 @@ for module_extension in [extension_class() for extension_class in diag_ggn_class
 #   so that a slow minute hits all ways alike. The order changes from round to round,
 #   because what ran before decides what is in the cache;
 # - **long enough:** a fast call is repeated until a few milliseconds have passed;
-# - **medians and quartiles:** one disturbed round changes neither by much;
+# - **medians:** one disturbed round changes them little; quartiles show the scatter;
 # - **one thread, CPU time:** on the CPU we let PyTorch use one thread, and read the
 #   time that the processor spent on this process. With several threads, a kernel waits
 #   for the thread that another program holds up.
@@ -505,7 +506,10 @@ def stopwatch(way: Callable[[], object], calls: int) -> float:
 
 
 def calls_for(way: Callable[[], object], seconds: float = 0.002) -> int:
-    """Return how many calls take at least ``seconds``. The first is a warm-up."""
+    """Return how many calls take at least ``seconds``.
+
+    The first call is a warm-up: it counts only if it takes ten times as long.
+    """
     calls = 1
     if stopwatch(way, calls) > 10 * seconds:
         return calls
@@ -701,8 +705,8 @@ for setting in settings:
         raise AssertionError(f"The loop is only {low:.1f} times as slow.")
 
 # %%
-# In a tiny network, most of what BackPACK adds is the fixed cost. In a network with 512
-# hidden units there is more to compute, and the ratio is nearer to 1.
+# In a tiny network, most of what BackPACK adds is the fixed cost. With 512 hidden units
+# and 1024 samples there is more to compute, and the ratio is nearer to 1.
 
 wide = Problem(1024, 10, only_scales=True, H=512)
 calls = {"plain backward": partial(plain_backward, wide)}
@@ -997,7 +1001,8 @@ for name in candidates:
     print(f"{name:22} {memory[name]:9.2f} {behind}")
 
 # %%
-# Three effects explain the table.
+# Three effects explain the memory and the last column. (At 8 KB, the fixed cost of a
+# call is all that counts.)
 #
 # **Matrix products.** ``einsum`` turns either order into ``bmm``, a batch of matrix
 # products, one for each sample. The order of its operands decides which product that
