@@ -193,12 +193,12 @@ plt.show()
 
 # %%
 # Data flow to the right. In the backward pass PyTorch sends gradients to the left, but
-# none into the data unless it requires a gradient, and no V either (dotted arrows).
-# BackPACK's **first-order extensions** look at these gradients when they pass a layer,
-# and send nothing of their own. Its **second-order extensions** send a further quantity
-# to the left. For the GGN it is called V, and `The GGN and its diagonal, derived
-# <3_ggn_derivation.html>`_ says what it is. So for second order two things can go wrong
-# in a layer: its own result, and the V that it passes on.
+# none into the data unless these require a gradient (dotted). BackPACK's **first-order
+# extensions** look at these gradients when they pass a layer, and send nothing of their
+# own. Its **second-order extensions** send a further quantity to the left, into the
+# data under the same condition. For the GGN it is called V, and `The GGN and its
+# diagonal, derived <3_ggn_derivation.html>`_ says what it is. So for second order two
+# things can go wrong in a layer: its own result, and the V that it passes on.
 #
 # First order: a warning
 # ----------------------

@@ -486,9 +486,9 @@ for wrong in [samples_first, features_last]:
 
 # %%
 # With ``reduction="mean"``, the loss is divided by :math:`N`, and so are its Hessian
-# and the GGN. :math:`S` and V are divided by :math:`\sqrt{N}`. (``nn.MSELoss`` divides
-# by :math:`N C` instead.) All of this ends up in :math:`S`; the two products of a layer
-# stay the same.
+# and the GGN. :math:`S` and V are divided by :math:`\sqrt{N}`. (With ``nn.MSELoss`` it
+# is :math:`N C` and :math:`\sqrt{N C}`.) All of this ends up in :math:`S`; the two
+# products of a layer stay the same.
 
 V_w_of_mean = einsum(X_scale, V_out / N**0.5, "n d, c n d -> c n")
 diagonal_of_mean = ggn_of_batch("mean").diagonal()[sizes[0]]

@@ -622,12 +622,12 @@ plt.show()
 # What was verified
 # -----------------
 # ``backpropagate`` agrees with VJPs of ``torch.func``, sign included, and ``weight``
-# with their squares and sums. The GGN diagonal of all parameters agrees with GGN-vector
-# products in float64, at the default tolerance of ``torch.testing.assert_close``: with
-# the layer first, in the middle, last and twice, with and without a gradient for the
-# input, for ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, trained and frozen.
-# ``backpropagate`` ran as often as it should. Three wrong extensions are caught, each
-# by the check that can see its mistake.
+# with the sum of the squares of VJPs with respect to the parameter. The GGN diagonal of
+# all parameters agrees with GGN-vector products in float64, at the default tolerance of
+# ``torch.testing.assert_close``: with the layer first, in the middle, last and twice,
+# with and without a gradient for the input, for ``[N, D]`` and ``[N, T, D]``, ``mean``
+# and ``sum``, trained and frozen. ``backpropagate`` ran as often as it should. Three
+# wrong extensions are caught, each by the check that can see its mistake.
 #
 # **Next:** `RMSNorm: a vector parameter and a coupled Jacobian
 # <../2_any_layer/1_rms_norm.html>`_ takes the same steps for a layer used in practice.

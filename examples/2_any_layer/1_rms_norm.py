@@ -295,8 +295,9 @@ def make_batch_grad(
 # and comes before the square. The sums over **n** and **c** come after it.
 #
 # (For the scale module we took an ``einsum``, which turns the sum over all features
-# into matrix products. Here the axis ``d`` is kept. An ``einsum`` would make a tiny
-# matrix product of each feature, so we multiply and sum.)
+# into matrix products. Here the axis ``d`` is kept. An ``einsum`` would make tiny
+# matrix products, one for each sample and feature, which is slow. So we multiply and
+# sum.)
 
 
 class RMSNormDiagGGNExact(ModuleExtension):
@@ -548,8 +549,9 @@ else:
 # -------------------------
 # There are three common ways from ``[N, T, D]`` to a cross-entropy loss, and all work
 # in BackPACK. They differ in the number of columns of V, which is the number of logits
-# per sample: C after a last linear layer, and T times the features of a step without
-# one. To see it, a subclass prints the shape of V and then does the same as before.
+# per sample: C after ``Flatten`` and a linear layer, and T times the features of a step
+# otherwise. To see it, a subclass prints the shape of V and then does the same as
+# before.
 
 
 class TellingDiagGGNExact(RMSNormDiagGGNExact):
@@ -849,8 +851,9 @@ def by_autodiff(params: list[str]) -> list[Callable[[], ModuleExtension]]:
 
 
 # %%
-# Against the closed form first: V at the input, including its sign, from the layer that
-# already holds its input.
+# Against the closed form first, with ``layer``, ``V_out`` and ``V_in`` from the end of
+# the section on the GGN diagonal: V at the input, including its sign, then the
+# diagonal.
 
 automatic = AutodiffDiagGGNExact(["weight"])
 V_automatic = automatic.backpropagate(None, layer, None, None, V_out)
@@ -954,8 +957,9 @@ for samples in [16, 256]:
 
 # %%
 # Autodiff pays for the forward pass and for setting up ``vjp`` and ``vmap``. With few
-# samples, this weighs most. With many, the products themselves take most of the time,
-# and the ratio falls.
+# samples, this weighs most. With many, it weighs less, and the ratio falls. It stays
+# above one: the forward pass grows with the samples, too, and autodiff takes one step
+# for each operation of the layer.
 #
 # Autodiff makes a good first version of an extension: within its limits it is right if
 # the forward pass is. And it is the witness for the formula that you write afterwards,
@@ -968,8 +972,9 @@ for samples in [16, 256]:
 # \mathrm{J}` for all parameters of a network, in float64 at the default tolerance of
 # ``torch.testing.assert_close``: with the layer first, in the middle and last, for
 # ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, all samples and a subset, three
-# ways to the loss, ``nn.RMSNorm``, and with a bias. The automatic extensions agree with
-# the closed form, and with the witnesses for two more layers.
+# ways to the loss, ``nn.RMSNorm``, and with a bias. The automatic extension for the GGN
+# diagonal agrees with the closed form, and both automatic extensions agree with the
+# witnesses for two more layers.
 #
 # **Next:** `One derivatives class, every extension <2_every_extension.html>`_ returns
 # to the scale module, and serves all of BackPACK's extensions with one class and a few

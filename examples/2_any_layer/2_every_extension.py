@@ -209,7 +209,8 @@ class ScaleModuleDerivatives(BaseParameterDerivatives):
 # We call the methods under the names that the base classes use: without the underscore,
 # and ``param_mjp`` (matrix-Jacobian product) for parameters: ``param_mjp("weight",
 # ...)`` calls ``_weight_jac_t_mat_prod``. Under these names BackPACK also checks
-# shapes. A method needs an extended layer that has seen a forward pass, and K vectors.
+# shapes. The four products with one Jacobian need an extended layer that has seen a
+# forward pass, and K vectors.
 
 K, N, T, D, C = 3, 6, 2, 4, 5
 derivatives = ScaleModuleDerivatives()
@@ -1202,12 +1203,12 @@ check(HBP, lambda case, name: case.witness[name].hessian.sum(0), single)
 # Matrix products
 # ---------------
 # To check a function, ``check`` multiplies with all unit vectors: the result is the
-# block. It also takes their negatives, because a product must keep the sign. ``PCHMP``
-# makes the terms from the layers' second derivatives positive, which are weighted with
-# the gradient: ``modify="clip"``, the default, sets negative ones to zero,
-# ``modify="abs"`` takes absolute values. With ``ReLU`` all of them are zero, and the
-# result must be the GGN. (We test it with nothing else; *What cannot be had*, below,
-# says why.)
+# block. It also takes their negatives: a function that takes absolute values somewhere
+# could pass with unit vectors alone. ``PCHMP`` makes the terms from the layers' second
+# derivatives positive, which are weighted with the gradient: ``modify="clip"``, the
+# default, sets negative ones to zero, ``modify="abs"`` takes absolute values. With
+# ``ReLU`` all of them are zero, and the result must be the GGN. (We test it with
+# nothing else; *What cannot be had*, below, says why.)
 
 relu_cases = [make_case(kind, r, nn.ReLU) for kind in names for r in ["mean", "sum"]]
 

@@ -595,8 +595,8 @@ print(*sorted({type(layer).__name__ for layer in converted.modules()}))
 # %%
 # These are the layers, a ``SumModule``, BackPACK's own ``ScaleModule``, which
 # multiplies by a fixed number, and two kinds of container. These do no harm: ``extend``
-# puts no hook on the outer one, and the inner ones are not called any more.
-# ``FixedReZero`` is gone: the converter has taken it apart.
+# puts no hook on the outer one (``GraphModule``), and the inner ones (``Module``) are
+# not called any more. ``FixedReZero`` is gone: the converter has taken it apart.
 #
 # With our layer, the conversion fails.
 

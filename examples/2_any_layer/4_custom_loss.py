@@ -816,7 +816,8 @@ print(f"{'Jacobian and Hessian':20} {numbers}")
 #
 # The numbers follow from the formula, with :math:`s^2 = 10` and the scale weight
 # :math:`w = 2`: along the residual :math:`w^2 (2 - s^2) / s^4`, which the clamp makes
-# zero, and :math:`w^2 / s^2` for the other two entries.
+# zero, and :math:`w^2 / s^2` for the other two entries. (All N samples contribute the
+# same, and so their sum cancels the factor 1/N.)
 
 eigenvalues = [(2 - 10) / 10**2, 1 / 10, 1 / 10]
 expected = 2**2 * torch.tensor(eigenvalues, dtype=torch.float64, device=device)

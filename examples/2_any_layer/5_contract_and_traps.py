@@ -479,8 +479,9 @@ def record(
 
 
 # %%
-# Three functions for recorded extensions. Two build one; ``record_ggn`` gets a new one,
-# as it serves ``DiagGGNExact`` and a relative of it.
+# Three functions for recorded extensions. Two build one; ``record_ggn`` is given a new
+# one, as it serves two kinds. (``SqrtGGNExact`` and the second kind, ``DiagGGNMC``, are
+# explained where they are used, at the table.)
 
 
 def record_batch_grad(subsampling: list[int] | None = None) -> BackpropExtension:
@@ -598,8 +599,9 @@ marks = {
 
 # %%
 # In the figure, data flow to the right, and gradients (g) and V to the left. Below each
-# box stands what the layer stores, or which methods of its module extension run. No V
-# is needed for the data, so ``backpropagate`` does not run in the first layer.
+# box stands what the layer stores, or which methods of its module extension run (for
+# linear layers ``bias``, too). No V is needed for the data, so ``backpropagate`` does
+# not run in the first layer.
 
 spots = {"A": (2, 2.55), "B": (3, 2.3), "C": (2, 0.65), "D": (1, -0.4)}
 spots |= {"E": (2.65, -0.36), "F": (6, 0.65), "G": (-1, 0)}
@@ -663,12 +665,12 @@ situations = {
 }
 
 # %%
-# One line for each method, in the order of the calls. (Of the two linear layers in the
-# last network, this shows the one that is called first: the last layer.) The arguments
-# of every method are ``(ext, module, g_inp, g_out, V_out)``, given by position.
-# ``g_inp`` is seldom needed and left out here. The last column is the shape that the
-# method must return; ``-`` stands for ``None``, ``[]`` for a scalar. The shapes are
-# kept in ``table``, to be checked below.
+# One line for each recorded method, in the order of the calls. (Of the two linear
+# layers in the last network, this shows the one that is called first: the last layer.)
+# The arguments of every method are ``(ext, module, g_inp, g_out, V_out)``, given by
+# position. ``g_inp`` is seldom needed and left out here. The last column is the shape
+# that the method must return; ``-`` stands for ``None``, ``[]`` for a scalar. The
+# shapes are kept in ``table``, to be checked below.
 
 table = {}
 print(f"{N = }, {D = }, {H = }, {C = }")

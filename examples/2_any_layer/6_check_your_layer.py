@@ -333,11 +333,11 @@ class Case:
 # %%
 # A ``Method`` is a row of the table: an extension, and the name of its method. Write
 # :math:`J_n` for the Jacobian of sample n's output, with respect to the input for
-# ``backpropagate``, and to the parameter otherwise; :math:`g_n` for the gradient with
+# ``backpropagate``, and to the parameter otherwise; :math:`G_n` for the gradient with
 # respect to this output; and :math:`v_{cn}` for sample n's part of column c of V. The
 # right answers are
 #
-# - individual gradients: :math:`J_n^\top g_n`, for the samples asked for;
+# - individual gradients: :math:`J_n^\top G_n`, for the samples asked for;
 # - ``backpropagate``: :math:`J_n^\top v_{cn}` for each column :math:`c`;
 # - GGN diagonal: :math:`\sum_n \sum_c (J_n^\top v_{cn})^2`.
 
@@ -377,7 +377,8 @@ def right_formula(method: Method, case: Case, J: Tensor) -> Tensor:
         J: Jacobian, ``[N, O, I]``. The right one, or a wrong one to see its effect.
 
     Returns:
-        Individual gradients ``[N, I]``, V ``[C, N, I]`` or GGN diagonal ``[I]``.
+        Individual gradients ``[S, I]`` of the S samples asked for, V ``[C, N, I]``, or
+        GGN diagonal ``[I]``.
     """
     N, O, _ = J.shape
     if method.kind == "BatchGrad":
@@ -429,12 +430,12 @@ def altered_arguments(arguments: tuple[Any, ...], case: Case) -> list[str]:
 
 
 # %%
-# Each call gives a ``Result``, one cell of the table.
+# Each call gives a ``Result``, which goes into a cell of the table.
 
 
 @dataclass(eq=False)
 class Result:
-    """Outcome of one check, a cell of the table.
+    """Outcome of one check, which goes into a cell of the table.
 
     Args:
         row: Name of the row: the method, and the reduction if in a network.
@@ -619,10 +620,11 @@ def neutral(tensor: Tensor) -> tuple[Tensor, str]:
 
 
 # %%
-# Each of them (but for the transpose) is tried in two ways: in the backward pass only,
-# and in both passes, which is called ``everywhere``. The second way is for layers that
-# save no tensor that could be changed, for instance ``gain * X`` in place of ``gain``
-# and ``X``. If both fit, one is reported.
+# Three mistakes are made by a swap: the output in place of the input, an input or a
+# parameter left out, a matrix not transposed. The first two are also tried by other
+# values in both passes, which is called ``everywhere``. It serves layers for which
+# autodiff saves something else than the input and the parameters, such as their
+# product. If both ways fit, one of them is reported.
 
 
 @cache
@@ -749,7 +751,7 @@ def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
         ).sum((0, 1)),
         "not squared": V_p.sum((0, 1)),
         "takes absolute values, not squares": V_p.abs().sum((0, 1)),
-        "not summed over samples: that is BatchDiagGGNExact": V_p.square().sum(0),
+        "not summed over samples (as for BatchDiagGGNExact)": V_p.square().sum(0),
         "not summed over the columns of V": V_p.square().sum(1),
         "not summed over samples and columns of V": V_p.square(),
         "uses the first column of V only": V_p[0].square().sum(0),
@@ -893,7 +895,7 @@ def fitting_mistakes(method: Method, results: list[Result]) -> list[str]:
 # %%
 # If no known mistake fits, some patterns are still worth a name: a constant factor, a
 # constant offset, the right numbers in another order, or a parameter that is missing as
-# a factor or is one too much.
+# a factor, or is a factor too many.
 
 
 def parameter_factor(method: Method, results: list[Result]) -> str | None:
@@ -909,7 +911,7 @@ def parameter_factor(method: Method, results: list[Result]) -> str | None:
             too_much.append(same_numbers(result.value, right * p))
         else:
             if all(missing) or all(too_much):
-                return f"a factor {name} {'is missing' if all(missing) else 'too much'}"
+                return f"a factor {name} {'is missing' if all(missing) else 'too many'}"
     return None
 
 
@@ -1003,8 +1005,10 @@ def needs_parameter_methods(layer: Layer, method: Method, case: Case) -> bool:
 
 
 # %%
-# All together: what a reader of the report sees for a method that fails. Errors come
-# first, then right numbers in a wrong shape; only after that the mistakes are tried.
+# All together: what a reader of the report sees for a method that fails. What relies on
+# the parameter methods comes first, then errors, then results of a wrong type or with
+# changed arguments, then right numbers in a wrong shape. Only after that the mistakes
+# are tried.
 
 
 UNRELATED_TO_NUMBERS = ("dtype", "device", "alters")
@@ -1272,7 +1276,7 @@ def expected_in(network: Network, kind: str, reduction: str) -> dict[str, Tensor
 
     Returns:
         By parameter name, and ``"input0"`` for the network's input: individual
-        gradients, ``[N, *]``, or the GGN diagonal, in the parameter's shape.
+        gradients, ``[S, *]``, or the GGN diagonal, in the parameter's shape.
     """
     G, H = loss_derivatives(network, reduction)
     tensors = {"input0": network.X, **dict(network.net.named_parameters())}
@@ -1311,7 +1315,7 @@ def run_backpack(
     X = network.X.clone().requires_grad_(network.needs_grad)
     with backpack(extension):
         loss(net(X), network.y).backward()
-    stored = {
+    stored = {  # the savefield is grad_batch or diag_ggn_exact
         name: getattr(p, extension.savefield, None)
         for name, p in net.named_parameters()
         if p.requires_grad
@@ -1571,8 +1575,8 @@ report.raise_if_failed()
 # -----------------------------
 # A linear layer with a matrix, a bias, and a gain of shape ``[]``:
 # :math:`z_n = \gamma W x_n + b`. Its individual gradients, for a gradient
-# :math:`g_n` that arrives at the output, are :math:`\gamma g_n x_n^\top` for
-# the matrix, :math:`g_n` for the bias, and :math:`g_n^\top W x_n` for the gain, summed
+# :math:`G_n` that arrives at the output, are :math:`\gamma G_n x_n^\top` for
+# the matrix, :math:`G_n` for the bias, and :math:`G_n^\top W x_n` for the gain, summed
 # over T if there is one.
 
 
@@ -1627,7 +1631,7 @@ class ScaledLinearBatchGrad(FirstOrderModuleExtension):
 
 # %%
 # Its extension for ``DiagGGNExact`` has the same products, with the columns of V in
-# place of :math:`g_n`, then squares and sums over samples and columns. The Jacobian
+# place of :math:`G_n`, then squares and sums over samples and columns. The Jacobian
 # with respect to the input is :math:`\gamma W`.
 
 

@@ -296,7 +296,9 @@ loss_function = extend(nn.CrossEntropyLoss())
 
 def make_scale(weight: float) -> ScaleModule:
     """Build an extended ``ScaleModule`` in float64."""
-    return extend(ScaleModule(weight)).to(device, torch.float64)
+    scale = extend(ScaleModule()).to(device, torch.float64)
+    scale.weight.data.fill_(weight)  # only now: float32 would round the number
+    return scale
 
 
 def derivatives(scale: ScaleModule, Z: Tensor, y: Tensor) -> tuple[float, ...]:

@@ -576,8 +576,8 @@ def ratios(
 # the operating system says about the process is coarse: it also sees Python, and memory
 # that was freed but not given back. But PyTorch's **profiler** is told about every
 # block that the CPU allocator hands out and takes back, those inside of operations
-# included. It writes them into its trace, in the order of time, with negative sizes for
-# those taken back. The highest running sum is the peak.
+# included. It writes them into its trace, numbered in the order of time (``Ev Idx``),
+# with negative sizes for those taken back. The highest running sum is the peak.
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no progress reports in the terminal
 
@@ -598,7 +598,7 @@ def peak_memory(way: Callable[[], object]) -> int:
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     blocks = [e["args"] for e in events if e["name"] == "[memory]"]
-    blocks.sort(key=lambda block: block["Ev Idx"])  # in the order of time
+    blocks.sort(key=lambda block: block["Ev Idx"])
     held = peak = 0
     for block in blocks:
         held += block["Bytes"]
@@ -841,8 +841,9 @@ for p, C in zip(plain, class_counts, strict=True):
 #   diagonals of the parts add up. Or use ``DiagGGNMC``, whose V has one column for each
 #   label drawn at random, see `One derivatives class, every extension
 #   <../2_any_layer/2_every_extension.html>`__.
-# - **A loop over C** in the scale modules is only a part of the whole network's time.
-#   How much a method itself loses by it is measured below.
+# - **The loop over C** runs in one ``backpropagate``, that of the second scale module,
+#   which is only a part of the whole network's time. How much a method itself loses by
+#   it is measured below.
 #
 # The parts do add up, because the loss is a sum over the samples:
 
@@ -977,7 +978,8 @@ plt.show()
 # %%
 # The candidates in one table. First the memory they need at the peak, divided by that
 # of V. Then their time, divided by that of the fastest candidate for the same shape:
-# for the smallest V, and the worst ratio of all larger ones.
+# for the smallest V, and the worst ratio of all larger ones. (As the fastest may be
+# another one in each round, these are ratios of medians over the rounds.)
 
 V, X = random_V_and_X(10, 128, 64)
 memory = {
@@ -1001,8 +1003,8 @@ for name in candidates:
     print(f"{name:22} {memory[name]:9.2f} {behind}")
 
 # %%
-# Three effects explain the memory and the last column. (At 8 KB, the fixed cost of a
-# call is all that counts.)
+# Three effects explain the memory and the large numbers of the last column. (At 8 KB,
+# the fixed cost of a call is all that counts.)
 #
 # **Matrix products.** ``einsum`` turns either order into ``bmm``, a batch of matrix
 # products, one for each sample. The order of its operands decides which product that
