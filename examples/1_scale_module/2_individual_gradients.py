@@ -267,8 +267,8 @@ plt.show()
 # What the method is given
 # ------------------------
 # To see the arguments at the call, we subclass ``ScaleModuleBatchGrad`` and print their
-# shapes. This is a useful way to explore a new layer. We register the class over the
-# first entry, which `BackPACK only allows with overwrite=True
+# shapes. This is a useful way to explore a new layer. We register an object of this
+# class over the first entry, which `BackPACK only allows with overwrite=True
 # <../2_any_layer/5_contract_and_traps.html>`_.
 
 
@@ -396,7 +396,8 @@ def vmap_over_samples(
 # ---------
 # We build networks with the scale module first, in the middle and last. (For
 # second-order extensions the place will matter a lot.) With ``Flatten``, the same
-# layers serve ``[N, D]`` and ``[N, T, D]``; only the last one has another size.
+# layers serve ``[N, D]`` and ``[N, T, D]``; only the second linear layer has another
+# size.
 
 places = {"first": 0, "middle": 2, "last": 4}
 
@@ -421,8 +422,8 @@ def make_network(place: str, input_shape: tuple[int, ...]) -> nn.Sequential:
 # %%
 # The witnesses run before ``extend`` touches the network, because ``torch.func`` cannot
 # run through BackPACK's hooks. Then BackPACK computes all samples, and after that only
-# samples 4, 0 and 2 (counted from 0), in this order. The factor :math:`r` stays
-# :math:`1/N` for a subset.
+# samples 4, 0 and 2 (counted from 0), in this order. With ``"mean"``, the factor
+# :math:`r` stays :math:`1/N` for a subset, where N counts the whole batch.
 
 
 def check(make_extension, place: str, input_shape: tuple[int, ...], reduction: str):

@@ -11,10 +11,10 @@ We will:
 1. turn the two recursions for V into a module extension with two methods,
    ``weight`` and ``backpropagate``;
 2. compare both methods with PyTorch's VJPs, by hand, outside of any network;
-3. register the extension and look at V when it arrives;
+3. register it, and look at V when it arrives;
 4. compute the GGN diagonal a second way, by GGN-vector products;
 5. compare the two in networks in which ``backpropagate`` really runs;
-6. break the extension on purpose, and see which check notices what.
+6. break it on purpose, and see which check notices what.
 
 `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ derives the two recursions.
 `Individual gradients <2_individual_gradients.html>`_ shows how to register an
@@ -273,9 +273,9 @@ def make_diag_ggn(
 # %%
 # What the methods are given
 # --------------------------
-# Again we subclass the extension and print the shapes. The scale module stands between
-# two linear layers. The network's output has C = 4 entries, so V has 4 columns, at
-# every layer.
+# Again we subclass the module extension and print the shapes. The scale module stands
+# between two linear layers. The network's output has C = 4 entries, so V has 4 columns,
+# at every layer.
 
 
 class PrintingDiagGGNExact(ScaleModuleDiagGGNExact):
@@ -514,8 +514,9 @@ print(f"{len(settings)} settings: BackPACK and GGN-vector products agree.")
 # %%
 # Break it, and see who notices
 # -----------------------------
-# A good check fails when it should. Here are three wrong extensions. The first forgets
-# to multiply with :math:`w`, the second turns the sign, the third squares too early.
+# A good check fails when it should. Here are three wrong module extensions. The first
+# forgets to multiply with :math:`w`, the second turns the sign, the third squares too
+# early.
 
 
 class WrongFactor(ScaleModuleDiagGGNExact):
@@ -627,7 +628,7 @@ plt.show()
 # ``torch.testing.assert_close``: with the layer first, in the middle, last and twice,
 # with and without a gradient for the input, for ``[N, D]`` and ``[N, T, D]``, ``mean``
 # and ``sum``, trained and frozen. ``backpropagate`` ran as often as it should. Three
-# wrong extensions are caught, each by the check that can see its mistake.
+# wrong extensions are caught, each by all checks that can see its mistake.
 #
 # **Next:** `RMSNorm: a vector parameter and a coupled Jacobian
 # <../2_any_layer/1_rms_norm.html>`_ takes the same steps for a layer used in practice.

@@ -593,8 +593,8 @@ for features, layers, y in [
 # %%
 # Lookup is by exact class
 # ------------------------
-# BackPACK finds an extension by the class of the layer itself. For ``nn.RMSNorm`` it
-# has found nothing yet:
+# BackPACK finds an extension by the class of the layer itself. For ``nn.RMSNorm``
+# nothing is registered yet, so it finds none:
 
 
 def make_network_with_theirs() -> nn.Sequential:
@@ -714,8 +714,8 @@ for name, parameter in model[1].named_parameters():
 # - use no randomness, as dropout does, and update no buffer in place;
 # - use only operations that ``torch.func`` supports.
 #
-# One obstacle: the layer is extended, so calling it runs BackPACK's hooks, which would
-# overwrite the stored input. ``forward`` goes around the hooks, but
+# One obstacle: the layer is extended, so calling it runs BackPACK's hooks, and
+# ``torch.func`` cannot run through these. ``forward`` goes around the hooks, but
 # ``functional_call``, which we need below, calls a module with its hooks. So we give it
 # a wrapper that calls ``forward``.
 
@@ -956,10 +956,10 @@ for samples in [16, 256]:
         print(f"N = {samples:<4} {type(extension).__name__:12} {name:13}  {result}")
 
 # %%
-# Autodiff pays for the forward pass and for setting up ``vjp`` and ``vmap``. With few
-# samples, this weighs most. With many, it weighs less, and the ratio falls. It stays
-# above one: the forward pass grows with the samples, too, and autodiff takes one step
-# for each operation of the layer.
+# Autodiff pays for setting up ``vjp`` and ``vmap`` in each call. With few samples, this
+# weighs most. With many, it weighs less, and the ratio falls. In ``backpropagate``,
+# autodiff also takes one step backward through each operation of the layer, where the
+# formula needs fewer.
 #
 # Autodiff makes a good first version of an extension: within its limits it is right if
 # the forward pass is. And it is the witness for the formula that you write afterwards,

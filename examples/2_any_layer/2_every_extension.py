@@ -206,11 +206,12 @@ class ScaleModuleDerivatives(BaseParameterDerivatives):
 #
 # Each method against autodiff
 # ----------------------------
-# We call the methods under the names that the base classes use: without the underscore,
-# and ``param_mjp`` (matrix-Jacobian product) for parameters: ``param_mjp("weight",
-# ...)`` calls ``_weight_jac_t_mat_prod``. Under these names BackPACK also checks
-# shapes. The four products with one Jacobian need an extended layer that has seen a
-# forward pass, and K vectors.
+# We call the methods under the names that the base classes use: without the underscore.
+# Only the transposed product for a parameter has a name of its own, ``param_mjp``
+# (matrix-Jacobian product): ``param_mjp("weight", ...)`` calls
+# ``_weight_jac_t_mat_prod``. Under these names BackPACK also checks shapes. The four
+# products with one Jacobian need an extended layer that has seen a forward pass, and K
+# vectors.
 
 K, N, T, D, C = 3, 6, 2, 4, 5
 derivatives = ScaleModuleDerivatives()
@@ -396,8 +397,8 @@ class ScaleModuleDiagHessian(DiagHBaseModule):
 # %%
 # **Kronecker factors.** For a linear layer the block of the GGN is large, and KFAC,
 # KFLR and KFRA approximate it by the Kronecker product of two factors. The block of the
-# scale weight is 1 by 1. So the list of factors has one element, and that is the block
-# itself.
+# scale weight is 1 by 1. So the list of factors has one element, which stands for the
+# whole block (sampled for KFAC, with averages over the batch for KFRA and HBP).
 #
 # What arrives depends on the settings of the extension. For KFAC and KFLR it is a
 # square root of the GGN with respect to the output, ``[K, N, *]``. For KFRA, and for
@@ -778,7 +779,7 @@ if not asked.any(0).all():
 # :math:`\mathrm{J}_x^\top`; the Hessian diagonal adds ``hessian_is_zero``. ``KFRA`` and
 # ``HBP`` replace :math:`\mathrm{J}_x^\top` by the average and add :math:`\mathrm{J}_w`;
 # the matrix products need all four products with one Jacobian. KFRA, HBP, HMP and PCHMP
-# also ask ``hessian_is_zero`` (KFRA, as it shares its code with HBP).
+# also ask ``hessian_is_zero`` (KFRA, because it averages by the same code as HBP).
 
 transposed = {"_jac_t_mat_prod", "_weight_jac_t_mat_prod"}
 others = [i for i, method in enumerate(methods) if method not in transposed]
@@ -1187,9 +1188,10 @@ check(KFRA, lambda case, name: averaged_blocks(case, with_residual=False)[name])
 check(HBP, lambda case, name: averaged_blocks(case, with_residual=True)[name])
 
 # %%
-# These are approximations: an average of products was replaced by a product of
-# averages. We look at how far KFRA is from the GGN. With one sample there is nothing to
-# average, and both are exact: KFRA is the GGN, and HBP the Hessian.
+# These are approximations: in the sum of :math:`\mathrm{J}_n^\top H_n \, \mathrm{J}_n`
+# over the samples, the average over the batch takes the place of each sample's own
+# :math:`H_n`. We look at how far KFRA is from the GGN. With one sample there is nothing
+# to average, and both are exact: KFRA is the GGN, and HBP the Hessian.
 
 kfra = run(cases[0], make_extension(KFRA))["1.weight"][0]
 ggn = cases[0].witness["1.weight"].ggn.sum(0)

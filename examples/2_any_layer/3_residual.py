@@ -608,9 +608,10 @@ else:
     raise RuntimeError("The converter handles ScaleModule. This page is out of date.")
 
 # %%
-# The tracer stops at PyTorch's own modules and at some of BackPACK's. It enters all
-# other modules. So it walked into ``ScaleModule.forward`` and met ``weight * X``. It
-# knows what to do with a number times a tensor, but here both factors are tensors.
+# The tracer stops at PyTorch's own modules, but for ``Sequential``, and at some of
+# BackPACK's. It enters all other modules. So it walked into ``ScaleModule.forward`` and
+# met ``weight * X``. It knows what to do with a number times a tensor, but here both
+# factors are tensors.
 #
 # Curvature at the start
 # ----------------------

@@ -1499,8 +1499,8 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # Silent traps
 # ------------
 # From here on, BackPACK computes something other than you want, mostly without a word.
-# Each section shows the wrong result and the right one. If there is more than one
-# number, up to six are shown.
+# Each section shows the wrong result, if there is one, and the right one, up to six
+# numbers of each.
 #
 # One second-order extension object, used again
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -2032,7 +2032,7 @@ plt.show()
 # %%
 # What was verified
 # -----------------
-# The order of the calls and the shapes in the table were recorded, not written down.
+# The order of the calls and the shapes in the table were recorded when the page ran.
 # Every message was raised by the installed versions of PyTorch and BackPACK, and every
 # silently wrong number differs from the right one, which ``torch.func`` computed
 # without BackPACK. Every cure shown in code was run and compared in float64, at the

@@ -250,7 +250,7 @@ def jacobians(
 
     samples = []
     for n, x in enumerate(X):
-        inputs = {"input0": x.clone(), **values}  # x alone shares memory with all of X
+        inputs = {"input0": x, **values}
         with swap.active(inputs, n) if swap else nullcontext():
             samples.append(jacobian(forward, tuple(inputs.values())))
     stacked = [torch.stack(J) for J in zip(*samples, strict=True)]
@@ -613,7 +613,7 @@ class Swap:
 
 
 def neutral(tensor: Tensor) -> tuple[Tensor, str]:
-    """Return what has no effect as a factor, and its name."""
+    """Return what changes nothing, as a matrix or as a factor of entries; its name."""
     if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]:
         return torch.eye(len(tensor)).to(tensor), "the identity"
     return torch.ones_like(tensor), "1"
@@ -621,10 +621,11 @@ def neutral(tensor: Tensor) -> tuple[Tensor, str]:
 
 # %%
 # Three mistakes are made by a swap: the output in place of the input, an input or a
-# parameter left out, a matrix not transposed. The first two are also tried by other
-# values in both passes, which is called ``everywhere``. It serves layers for which
-# autodiff saves something else than the input and the parameters, such as their
-# product. If both ways fit, one of them is reported.
+# parameter left out, a matrix not transposed. The first two are also made by other
+# values in the forward pass, and so in both passes. The diagnosis marks this way with
+# ``everywhere``. It serves layers for which autodiff saves something else than the
+# input and the parameters, such as their product. If both ways fit, one of them is
+# reported.
 
 
 @cache
@@ -656,8 +657,9 @@ def varied_jacobians(case: Case) -> dict[str, dict[str, Tensor]]:
 
 
 # %%
-# More wrong Jacobians follow from the right one: samples that do not belong together,
-# a missing transpose, a missing coupling, a division in place of a product.
+# More wrong Jacobians follow from the right one: samples that do not belong together, a
+# missing transpose, a missing coupling of features (only the diagonal of J is used), a
+# division in place of a product.
 
 
 def wrong_jacobians(method: Method, case: Case) -> dict[str, Tensor]:
@@ -861,8 +863,9 @@ def mistakes(method: Method, case: Case) -> dict[str, Tensor]:
 # A mistake is named only if it predicts what the method returned **in every setting**,
 # those that pass included: a factor N does no harm to a batch of one sample, so the
 # setting with N = 1 must be right. (Where a mistake cannot be computed, the method must
-# be right.) If two mistakes cannot be told apart for this layer, both are named. If
-# none fits, the diagnosis is "unknown", with the numbers.
+# be right.) If two mistakes cannot be told apart for this layer, both are named, but
+# variants of one mistake, which differ in the text in parentheses only, once. If none
+# fits, the diagnosis is "unknown", with the numbers.
 
 
 def same_numbers(actual: Tensor, predicted: Tensor) -> bool:
@@ -1302,6 +1305,7 @@ def make_registered(
     """Build BackPACK's extension, with the layer's own extension registered."""
     extension = BatchGrad(subset) if kind == "BatchGrad" else DiagGGNExact()
     own = factory_of(layer, kind)()
+    # overwrite: BackPACK may have an extension for this class
     extension.set_module_extension(layer_type, own, overwrite=True)
     return extension
 
@@ -1644,7 +1648,7 @@ class ScaledLinearDiagGGNExact(ModuleExtension):
 
     def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Compute the GGN diagonal, shape ``[D_out, D_in]``."""
-        V = einsum(V_out, module.input0, "c n ... o, n ... i -> c n o i")
+        V = einsum(module.input0, V_out, "n ... i, c n ... o -> c n o i")
         return (module.gain * V).square().sum((0, 1))
 
     def bias(self, ext, module, g_inp, g_out, V_out) -> Tensor:
@@ -1781,7 +1785,7 @@ class WrongPattern(ScaledLinearDiagGGNExact):
 
 
 class WrongTranspose(ScaledLinearDiagGGNExact):
-    """Wrong on purpose: multiplies with W transposed, as the forward pass does."""
+    """Wrong on purpose: multiplies with W, where its transpose belongs."""
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Return ``[C, N, *, D_in]``, which fits as the matrix is square."""
@@ -1805,7 +1809,7 @@ class WrongGain(ScaledLinearDiagGGNExact):
 
 
 class WrongSign(ScaledLinearDiagGGNExact):
-    """Wrong on purpose: V has the wrong sign, which no GGN diagonal shows."""
+    """Wrong on purpose: V has the wrong sign, which no GGN diagonal here shows."""
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Return minus V."""

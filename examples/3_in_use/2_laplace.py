@@ -572,7 +572,8 @@ def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
 # %%
 # One backward pass for each of the C logits. We add the logit up over the batch, so
 # that there is a scalar to call ``backward`` on; ``BatchGrad`` keeps the samples apart.
-# There is no loss, and so no factor 1/N.
+# There is no loss, and so no factor 1/N. (``BatchGrad`` needs no loss module; only V
+# must begin at one.)
 
 
 def jacobians(X: Tensor, subsampling: list[int] | None = None) -> Tensor:

@@ -924,7 +924,8 @@ for shape in shapes:
 # %%
 # And ``backpropagate``, vectorized and as a loop. The yardstick is one multiplication,
 # ``V * weight``. One more candidate writes the product into memory that is there
-# already. It is no option for an extension, but we will learn from it.
+# already. It is no option for an extension, which has no spare tensor of this size, but
+# we will learn from it.
 
 layer = extend(ScaleModule()).to(device)
 methods = {
@@ -1004,7 +1005,7 @@ for name in candidates:
 
 # %%
 # Three effects explain the memory and the large numbers of the last column. (At 8 KB,
-# the fixed cost of a call is all that counts.)
+# the fixed cost of a call is most of what is measured.)
 #
 # **Matrix products.** ``einsum`` turns either order into ``bmm``, a batch of matrix
 # products, one for each sample. The order of its operands decides which product that
@@ -1059,11 +1060,11 @@ for results, loop, vectorized in [
 # plus a fixed cost that shows where V is tiny. It is at its limit. For ``weight``, even
 # the best candidate takes longer than one pass over V, by a factor that you can read
 # off the upper panel. We want the clearest form that is never far behind. See the row
-# of the einsum with X first: where this page was written, it stays within 1.5 times the
-# best candidate for all but the tiny V of 8 KB, where the fixed cost of the call is
-# more than the work. It makes no second tensor as large as V, it reads as well as the
-# other order, and with an ellipsis it serves ``[N, T, D]``. So this is the form of
-# ``weight`` above.
+# of the einsum with X first: in the last column it is near to 1, or as near as the
+# machine was quiet. Only for the tiny V of 8 KB others are ahead, where the fixed cost
+# of the call is more than the work. It makes no second tensor as large as V, it reads
+# as well as the other order, and with an ellipsis it serves ``[N, T, D]``. So this is
+# the form of ``weight`` above.
 #
 # What was verified
 # -----------------
