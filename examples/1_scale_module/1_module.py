@@ -276,7 +276,7 @@ for name, parameter in model.named_parameters():
 # %%
 # Layers without parameters
 # -------------------------
-# Does a layer without parameters need an extension? ``BatchGrad`` has nothing to
+# Does a layer without parameters need a module extension? ``BatchGrad`` has nothing to
 # compute for it, and passes in silence. ``DiagGGNExact`` must send V through it, and
 # raises.
 

@@ -220,8 +220,9 @@ def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
 
 # %%
 # That is all. A first run, on the scale module and the linear layer from above:
-# ``extend`` the model and the loss (in place), and call ``backward`` inside
-# ``with backpack(...)``. The result is the one that we computed by hand.
+# ``extend`` the model and the loss (in place), and call ``backward`` inside ``with
+# backpack(...)``. (``BatchGrad`` alone does not need the loss extended; second-order
+# extensions will.) The result is the one that we computed by hand.
 
 scale = ScaleModule().to(device, torch.float64)
 model = extend(nn.Sequential(scale, head))
@@ -430,7 +431,8 @@ def check(make_extension, place: str, input_shape: tuple[int, ...], reduction: s
     """Compare BackPACK's individual gradients with both witnesses.
 
     Args:
-        make_extension: Builds a registered ``BatchGrad`` for a ``subsampling``.
+        make_extension: Builds a ``BatchGrad`` that supports ``ScaleModule``, for a
+            ``subsampling``.
         place: Where the layer stands, a key of ``places``.
         input_shape: Shape of one sample, ``(D,)`` or ``(T, D)``.
         reduction: ``"mean"`` or ``"sum"``.

@@ -166,7 +166,8 @@ class ScaleModuleDiagGGNExact(ModuleExtension):
 
 # %%
 # The result of ``weight`` has the shape of the parameter: the GGN diagonal is summed
-# over the batch. "Exact" means that V has all C columns; other extensions sample a few.
+# over the batch. BackPACK stores it in the parameter's attribute ``diag_ggn_exact``.
+# "Exact" means that V has all C columns; other extensions sample a few.
 #
 # A layer without parameters needs ``backpropagate`` alone. If ``backpropagate`` is
 # missing, the layers before do not get their V, and `BackPACK raises an AssertionError
@@ -515,7 +516,7 @@ print(f"{len(settings)} settings: BackPACK and GGN-vector products agree.")
 # Break it, and see who notices
 # -----------------------------
 # A good check fails when it should. Here are three wrong module extensions. The first
-# forgets to multiply with :math:`w`, the second turns the sign, the third squares too
+# forgets to multiply with :math:`w`, the second flips the sign, the third squares too
 # early.
 
 

@@ -15,7 +15,8 @@ We will:
    ``[N, D]`` and ``[N, T, D]``, and look at the ways from ``[N, T, D]`` to a
    cross-entropy loss;
 4. add a bias, because layers have several parameters;
-5. get the same VJPs by automatic differentiation, for any layer, and see the price.
+5. get the same VJPs by automatic differentiation, for nearly any layer, and see the
+   price.
 
 You should know how an extension is written and registered:
 `Individual gradients <../1_scale_module/2_individual_gradients.html>`_ and
@@ -426,9 +427,10 @@ def ggn_diagonal_of_sample(
 # send them is right.
 #
 # The witnesses take each sample's own loss. With ``"mean"`` BackPACK keeps the factor 1
-# / N in its results, so both witnesses are multiplied by it, as ``r``. The second pass
-# asks for the samples 4, 0 and 2 only: fewer than all, and not in order, so that a
-# method that ignores the subset is noticed.
+# / N in its results, so both witnesses are multiplied by it, as ``r``. (With one class
+# for each of T steps, the mean is over the steps, too. The sample's own loss then has
+# the factor 1 / T already.) The second pass asks for the samples 4, 0 and 2 only: fewer
+# than all, and not in order, so that a method that ignores the subset is noticed.
 
 
 def check(
@@ -745,7 +747,7 @@ class WithoutHooks(nn.Module):
 
 
 def parameter_vjp(module: nn.Module, name: str, X: Tensor, V: Tensor) -> Tensor:
-    """Multiply V with the output-parameter Jacobian of each sample.
+    """Multiply V with each sample's transposed Jacobian, for a parameter.
 
     Args:
         module: The layer.
@@ -777,7 +779,7 @@ def parameter_vjp(module: nn.Module, name: str, X: Tensor, V: Tensor) -> Tensor:
 
 
 def input_vjp(module: nn.Module, X: Tensor, V: Tensor) -> Tensor:
-    """Multiply V with the output-input Jacobian of each sample.
+    """Multiply V with each sample's transposed Jacobian, for the input.
 
     Args:
         module: The layer.
@@ -805,7 +807,7 @@ def input_vjp(module: nn.Module, X: Tensor, V: Tensor) -> Tensor:
 
 
 class AutodiffBatchGrad(FirstOrderModuleExtension):
-    """Compute individual gradients for any layer, by automatic differentiation."""
+    """Compute individual gradients by automatic differentiation, within its limits."""
 
     def __init__(self, params: list[str]):
         """Attach a method for each name in ``params``."""
@@ -821,7 +823,7 @@ class AutodiffBatchGrad(FirstOrderModuleExtension):
 
 
 class AutodiffDiagGGNExact(ModuleExtension):
-    """Compute the GGN diagonal for any layer, by automatic differentiation."""
+    """Compute the GGN diagonal by automatic differentiation, within its limits."""
 
     def __init__(self, params: list[str]):
         """Attach a method for each name in ``params``."""
@@ -956,10 +958,9 @@ for samples in [16, 256]:
         print(f"N = {samples:<4} {type(extension).__name__:12} {name:13}  {result}")
 
 # %%
-# Autodiff pays for setting up ``vjp`` and ``vmap`` in each call. With few samples, this
-# weighs most. With many, it weighs less, and the ratio falls. In ``backpropagate``,
-# autodiff also takes one step backward through each operation of the layer, where the
-# formula needs fewer.
+# Autodiff pays for setting up ``vjp`` and ``vmap`` in each call. Where there is little
+# work, with few samples or with the single column of ``BatchGrad``, this weighs most.
+# With more work it weighs less, and the ratio falls.
 #
 # Autodiff makes a good first version of an extension: within its limits it is right if
 # the forward pass is. And it is the witness for the formula that you write afterwards,

@@ -398,7 +398,8 @@ class ScaleModuleDiagHessian(DiagHBaseModule):
 # **Kronecker factors.** For a linear layer the block of the GGN is large, and KFAC,
 # KFLR and KFRA approximate it by the Kronecker product of two factors. The block of the
 # scale weight is 1 by 1. So the list of factors has one element, which stands for the
-# whole block (sampled for KFAC, with averages over the batch for KFRA and HBP).
+# whole block (sampled for KFAC, with averages over the batch for KFRA and HBP). The
+# list for the bias of a linear layer has one element, too.
 #
 # What arrives depends on the settings of the extension. For KFAC and KFLR it is a
 # square root of the GGN with respect to the output, ``[K, N, *]``. For KFRA, and for
@@ -514,8 +515,8 @@ print(f"{len(build_module_extension)} extensions, missing: {missing or 'none'}")
 # One factory builds a new extension for each use, of any kind, and registers our module
 # extension in it. HBP takes four settings. With these it is like KFRA, with the Hessian
 # in place of the GGN. (``BOTEV_MARTENS`` and ``CHEN``, which comes up at the end, are
-# named after authors: the first averages :math:`\mathrm{J}^\top \bar{H} \mathrm{J}`,
-# the second each factor.)
+# named after authors: the first averages the products :math:`\mathrm{J}^\top \bar{H}
+# \mathrm{J}`, the second averages J, and then takes the product.)
 
 hbp_options = {
     "curv_type": Curvature.HESSIAN,
@@ -634,9 +635,9 @@ def run(case: Case, extension: BackpropExtension) -> dict:
 # -----------
 # ``torch.func`` gives four things for a parameter with p entries: each sample's
 # gradient ``[p]``, Jacobian of the network's output ``[C, p]``, and blocks of the GGN
-# and the Hessian, ``[p, p]``. Most results follow from these. The Monte-Carlo
-# extensions, KFRA and HBP need more, see below. The factor :math:`r` of the reduction,
-# 1 for ``"sum"`` and 1/N for ``"mean"``, is in the loss.
+# and the Hessian, ``[p, p]``. Most results follow from these. ``SqrtGGNExact``, the
+# Monte-Carlo extensions, KFRA and HBP need more, see below. The factor :math:`r` of the
+# reduction, 1 for ``"sum"`` and 1/N for ``"mean"``, is in the loss.
 
 
 @dataclass

@@ -516,7 +516,9 @@ else:
 # has no hook and did nothing.
 #
 # Is it enough to replace the ``+`` by a ``SumModule``? No: BackPACK gets further, and
-# then reaches the block itself, which has hooks and no extension.
+# then reaches the block itself, which has hooks and no module extension. In first order
+# that was only a warning. In second order it is an error, as V would have to go through
+# the block.
 
 
 class PlainReZeroWithSum(PlainReZero):

@@ -276,7 +276,7 @@ def make_diag_ggn(
 
 
 # %%
-# A small classifier holds the layer. The letters: N samples, T further steps, D
+# A small classifier holds the layer. The letters: N samples, T steps of a sequence, D
 # features of the data, H features inside the network, C classes.
 
 N, T, D, H, C = 6, 4, 3, 4, 5
@@ -646,8 +646,9 @@ plt.show()
 # ``ext`` which columns to make.) ``SqrtGGNExact`` stores V of each parameter itself,
 # without squares and sums. The weight of the scale module has shape ``[1]``. The last
 # rows show BackPACK's own extension for a linear layer with a weight of shape ``[5,
-# 4]``, because a larger parameter tells more. The network ``pixelwise`` classifies two
-# pixels per sample: its output ``[N, C, 2]`` has the classes on axis 1.
+# 4]``, because a larger parameter tells more. The network ``pixelwise`` stands for one
+# that classifies two pixels per sample: its output ``[N, C, 2]`` has the classes on
+# axis 1, and only this shape matters here.
 
 pixels, classes = make_data(C, 2)[0], torch.randint(C, (N, 2), device=device)
 pixelwise = nn.Sequential(nn.Linear(2, 2), ScaleModule()).to(device, torch.float64)
@@ -1197,7 +1198,7 @@ provoke(AttributeError, message, lambda: run(twice, make_batch_grad(), X, y))
 
 # %%
 # **Cure:** two objects. If they must share their weight, assign the parameter of one to
-# the other, and then add up what the two store, as the section `on tied parameters
+# the other, and then combine what the two store, as the section `on tied parameters
 # <#tied-parameters>`_ shows. Without sharing:
 
 apart = nn.Sequential(scale, layers[1], ScaleModule(0.7), layers[3])
@@ -1417,7 +1418,7 @@ provoke(
 )
 
 # %%
-# **Cause:** there must be a method for each name in ``params``. The reverse, a name
+# **Cause:** there must be a method for each name in ``params``. Another mistake, a name
 # that the layer does not have, shows only in ``backward``:
 
 
@@ -1518,7 +1519,6 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 
 first_half, second_half = network[:2], network[2:]
 first_half, second_half = extend(deepcopy(first_half)), extend(deepcopy(second_half))
-extended_loss = extend(deepcopy(loss_function))
 extension = make_diag_ggn()
 
 features = first_half(X)

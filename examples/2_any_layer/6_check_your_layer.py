@@ -18,7 +18,8 @@ We will:
 You should know how an extension is written: see `Individual gradients
 <../1_scale_module/2_individual_gradients.html>`_ and `The GGN diagonal, backpropagated
 <../1_scale_module/4_ggn_diagonal.html>`_. The letters: N samples, T steps of a
-sequence, D features, C columns of the backpropagated square root V.
+sequence, D features, C columns of the backpropagated square root V. By *extension* this
+page means your module extension; those of BackPACK are called by their names.
 
 To use it, download this page as a script, edit the place that is marked, near the top,
 and run it. It needs PyTorch, BackPACK, einops and matplotlib, and no other file. It
@@ -1102,11 +1103,11 @@ def check_by_hand(
 # %%
 # In networks
 # -----------
-# Methods that are right by hand may still fail inside BackPACK: one may not be listed
-# in ``super().__init__(params=[...])``, or use a graph that is gone in a backward pass.
-# So we also let BackPACK call them, in networks. What ``backpropagate`` returns shows
-# in the GGN diagonal of the layers before, and in V of the network's input if that
-# requires a gradient.
+# Methods that are right by hand may still fail inside BackPACK: a name may be missing
+# in ``super().__init__(params=[...])``, or a method may use an autograd graph, which is
+# gone in a backward pass. So we also let BackPACK call them, in networks. What
+# ``backpropagate`` returns shows in the GGN diagonal of the layers before, and in V of
+# the network's input if that requires a gradient.
 
 
 @dataclass(eq=False)
@@ -1296,7 +1297,8 @@ def expected_in(network: Network, kind: str, reduction: str) -> dict[str, Tensor
 
 
 # %%
-# BackPACK's answer, with a fresh extension for each use.
+# BackPACK's answer, with a new ``BatchGrad`` or ``DiagGGNExact``, and a new extension,
+# for each use.
 
 
 def make_registered(

@@ -711,7 +711,7 @@ for setting in settings:
 wide = Problem(1024, 10, only_scales=True, H=512)
 calls = {"plain backward": partial(plain_backward, wide)}
 calls["BatchGrad"] = partial(batch_grad, wide)
-low, median, high = ratios(time_in_turns(calls), "BatchGrad")
+low, median, high = ratios(time_in_turns(calls, rounds=15), "BatchGrad")
 print(f"BatchGrad / plain backward: {median:.2f} (quartiles {low:.2f} to {high:.2f})")
 
 # %%
@@ -1027,7 +1027,8 @@ for name in ["einsum, V first", "einsum, X first"]:
 # again: three passes instead of one. ``vecdot`` needs the same memory, ``einsum`` needs
 # none of it. The lower panel shows one more effect: for a new tensor, the operating
 # system may have to provide fresh memory. Where the candidate that writes into old
-# memory is far below 1, this costs more than the multiplication.
+# memory takes less than half of the time, the fresh memory costs more than the
+# multiplying itself.
 #
 # **Cache.** A loop over C touches one slice of V at a time, which fits into the cache
 # more often than V does, and so do its temporary results. So the loop is not always
@@ -1060,11 +1061,11 @@ for results, loop, vectorized in [
 # plus a fixed cost that shows where V is tiny. It is at its limit. For ``weight``, even
 # the best candidate takes longer than one pass over V, by a factor that you can read
 # off the upper panel. We want the clearest form that is never far behind. See the row
-# of the einsum with X first: in the last column it is near to 1, or as near as the
-# machine was quiet. Only for the tiny V of 8 KB others are ahead, where the fixed cost
-# of the call is more than the work. It makes no second tensor as large as V, it reads
-# as well as the other order, and with an ellipsis it serves ``[N, T, D]``. So this is
-# the form of ``weight`` above.
+# of the einsum with X first: in the last column it is near to 1 (noise on the machine
+# can raise it a little). Only for the tiny V of 8 KB others are ahead, where the fixed
+# cost of the call is more than the work. It makes no second tensor as large as V, it
+# reads as well as the other order, and with an ellipsis it serves ``[N, T, D]``. So
+# this is the form of ``weight`` above.
 #
 # What was verified
 # -----------------
