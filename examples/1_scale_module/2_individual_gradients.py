@@ -80,7 +80,7 @@ class ScaleModule(nn.Module):
 # forgets the summands. We want the summands, the **individual gradients**
 # :math:`g_n = r \, \partial \ell_n / \partial w`.
 #
-# We assume that no layer mixes samples, as batch normalization does. For one sample our
+# We assume that no layer mixes samples. (Batch normalization would.) For one sample our
 # layer computes :math:`z_n = w x_n`, where its input :math:`x_n` and its output
 # :math:`z_n` have :math:`D` entries. Write :math:`\mathrm{J}_w z_n` for the Jacobian,
 # the derivatives of all entries of :math:`z_n` with respect to :math:`w`. Only
@@ -195,8 +195,9 @@ class ScaleModuleBatchGrad(FirstOrderModuleExtension):
 
 # %%
 # The result must have the shape of the parameter, ``[1]``, behind a batch axis. That is
-# why ``unsqueeze`` turns ``[N]`` into ``[N, 1]``. For a parameter of shape ``[D]``, the
-# sum would keep the axis ``d``. `BackPACK does not check this shape
+# why ``unsqueeze`` turns ``[N]`` into ``[N, 1]``. For a parameter of shape ``[D]``, a
+# factor for each feature, the sum would keep the axis ``d``. `BackPACK does not check
+# this shape
 # <../2_any_layer/5_contract_and_traps.html#nothing-checks-what-you-return>`_.
 #
 # Registration
@@ -398,7 +399,8 @@ def vmap_over_samples(
 # We build networks with the scale module first, in the middle and last. (For
 # second-order extensions the place will matter a lot.) With ``Flatten``, the same
 # layers serve ``[N, D]`` and ``[N, T, D]``; only the second linear layer has another
-# size.
+# size. (These are the shapes of the network's input. In the last place the scale module
+# gets ``[N, C]``.)
 
 places = {"first": 0, "middle": 2, "last": 4}
 

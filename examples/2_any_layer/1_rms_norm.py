@@ -424,7 +424,7 @@ def ggn_diagonal_of_sample(
 # %%
 # The check compares every parameter of the network. That is what tests
 # ``backpropagate``: the layers before ours get a right diagonal only if the V that we
-# send them is right.
+# send them is right (up to its sign, see above).
 #
 # The witnesses take each sample's own loss. With ``"mean"`` BackPACK keeps the factor 1
 # / N in its results, so both witnesses are multiplied by it, as ``r``. (With one class
@@ -938,7 +938,8 @@ def ratio(formula: Callable[[], object], autodiff: Callable[[], object]) -> str:
 
 
 # %%
-# One tuple of arguments serves all methods; each uses those that it needs.
+# One tuple of arguments serves all methods; each uses those that it needs. As in a
+# backward pass, no graph is recorded.
 
 first_order = [RMSNormBatchGrad(), AutodiffBatchGrad(["weight"])]
 second_order = [RMSNormDiagGGNExact(), AutodiffDiagGGNExact(["weight"])]

@@ -779,8 +779,9 @@ if not asked.any(0).all():
 # First order needs only :math:`\mathrm{J}_w^\top`; the GGN, KFAC and KFLR also
 # :math:`\mathrm{J}_x^\top`; the Hessian diagonal adds ``hessian_is_zero``. ``KFRA`` and
 # ``HBP`` replace :math:`\mathrm{J}_x^\top` by the average and add :math:`\mathrm{J}_w`;
-# the matrix products need all four products with one Jacobian. KFRA, HBP, HMP and PCHMP
-# also ask ``hessian_is_zero`` (KFRA, because it averages by the same code as HBP).
+# the matrix products need all four products with one Jacobian. HBP, HMP and PCHMP also
+# ask ``hessian_is_zero``, as they add second derivatives; so does KFRA, which goes
+# backward by the same code as HBP.
 
 transposed = {"_jac_t_mat_prod", "_weight_jac_t_mat_prod"}
 others = [i for i, method in enumerate(methods) if method not in transposed]
@@ -931,8 +932,8 @@ check(KFLR, lambda *a: block(V(*a, "exact")))
 check(KFAC, lambda *a: block(V(*a, "mc")), **mc)
 
 # %%
-# For the exact ones we close the circle: they are the GGN that autodiff computes from
-# Jacobians and the loss Hessian, without any S.
+# For two of the exact ones we close the circle: they are the GGN that autodiff computes
+# from Jacobians and the loss Hessian, without any S.
 
 
 def diagonal(blocks: Tensor) -> Tensor:

@@ -596,9 +596,10 @@ print(*sorted({type(layer).__name__ for layer in converted.modules()}))
 
 # %%
 # These are the layers, a ``SumModule``, BackPACK's own ``ScaleModule``, which
-# multiplies by a fixed number, and two kinds of container. These do no harm: ``extend``
-# puts no hook on the outer one (``GraphModule``), and the inner ones (``Module``) are
-# not called any more. ``FixedReZero`` is gone: the converter has taken it apart.
+# multiplies by a fixed number, and two kinds of container. These do no harm: the outer
+# one (``GraphModule``) is a further class on which ``extend`` puts no hook, and the
+# inner ones (``Module``) only hold the layers under their old names and are never
+# called. ``FixedReZero`` is gone: the converter has taken it apart.
 #
 # With our layer, the conversion fails.
 

@@ -588,7 +588,7 @@ for name, parameter in model.named_parameters():
 # figure.
 
 marks = {
-    "A": "stands at two places, runs again, called by keyword: input0 wrong or missing",
+    "A": "the layer runs twice, or gets keywords: input0 or output wrong or missing",
     "B": "a function, an in-place operation or a view stands between two modules",
     "C": "not registered, a subclass, sums in the wrong order, a wrong shape",
     "D": "backpropagate is missing, or the layer has several inputs",
@@ -924,6 +924,7 @@ torch.testing.assert_close(right, gradients["1.weight"])
 message = "does not have an extension for Module"
 provoke(NotImplementedError, message, lambda: run(network, DiagGGNExact(), X, y))
 unsupported = provoke(UserWarning, message, lambda: run(network, BatchGrad(), X, y))
+# (``unsupported`` is for a section further down.)
 
 # %%
 # **Cause 1:** no module extension is registered for the layer's class. **Cure:**
@@ -1186,7 +1187,8 @@ for name, parameter in model.named_parameters():
 # AttributeError: ``object has no attribute 'output'``
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** names a layer that has been treated once already. After that,
-# BackPACK deletes ``input0`` and ``output`` to save memory.
+# BackPACK deletes ``input0`` and ``output`` to save memory. It reads ``output`` before
+# it calls your method, so this is the one that is missed.
 #
 # **Cause 1:** the same module object stands at two places of the network.
 
@@ -1833,8 +1835,8 @@ provoke(AttributeError, message, lambda: model[1].log_weight.grad_batch)
 # %%
 # **Cause:** BackPACK stores the result on ``module.weight``. Here this is a temporary
 # tensor, gone at once. **Cure:** name the leaf, and write the method for it. With
-# :math:`z = e^a x`, the Jacobian with respect to :math:`a` is :math:`z` itself, the
-# output of the layer.
+# :math:`a` for ``log_weight`` and :math:`z = e^a x`, the Jacobian with respect to
+# :math:`a` is :math:`z` itself, the output of the layer.
 
 
 class LogScaleModuleBatchGrad(FirstOrderModuleExtension):

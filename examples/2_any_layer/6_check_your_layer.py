@@ -399,8 +399,9 @@ def right_answer(method: Method, case: Case) -> Tensor:
 
 # %%
 # To call a method as BackPACK would, we make its five arguments: the running
-# extension, the layer after a forward pass, both tuples of gradients, and V. They are
-# fresh for each call. Methods run without gradient tracking, as in a backward pass.
+# ``BatchGrad`` or ``DiagGGNExact``, the layer after a forward pass, both tuples of
+# gradients, and V. They are fresh for each call. Methods run without gradient tracking,
+# as in a backward pass.
 
 
 def make_arguments(method: Method, case: Case) -> tuple[Any, ...]:
@@ -524,9 +525,10 @@ def call_by_hand(
 
 # %%
 # The settings: a batch of N samples and of one, for each shape; a subset of the
-# samples, not in order; the layer in first place, so that ``g_inp[0]`` is ``None``;
-# and one extension object that treats two layers in turn. N and C differ from each
-# other and from all sizes of input and output, so that no axes can be confused by luck.
+# samples, not in order; the layer in first place, so that ``g_inp[0]`` is ``None``; and
+# one extension object that treats two layers in turn. N and C differ from each other
+# and from all sizes of input and output, so that neither axis can be confused with
+# another by luck.
 
 
 def unused(start: int, taken: set[int]) -> int:
