@@ -260,7 +260,9 @@ class RMSNormBatchGrad(FirstOrderModuleExtension):
 
 # %%
 # The factory takes the layer's class and the module extension as arguments, because we
-# will register other pairs below.
+# will register other pairs below. (``FirstOrderModuleExtension`` is a
+# ``ModuleExtension``, too. The last argument may be anything that builds one when it is
+# called; at the end of the page we need that.)
 
 
 def make_batch_grad(
@@ -595,7 +597,7 @@ for features, layers, y in [
 # %%
 # Lookup is by exact class
 # ------------------------
-# BackPACK finds an extension by the class of the layer itself. For ``nn.RMSNorm``
+# BackPACK finds a module extension by the class of the layer itself. For ``nn.RMSNorm``
 # nothing is registered yet, so it finds none:
 
 
@@ -672,7 +674,7 @@ class RMSNormWithBiasDiagGGNExact(RMSNormDiagGGNExact):
 
 
 # %%
-# Base classes do not count in the lookup. With extensions for ``RMSNorm`` alone,
+# Base classes do not count in the lookup. With module extensions for ``RMSNorm`` alone,
 # BackPACK does not support the subclass:
 
 model = extend(make_network("middle", (D,), RMSNormWithBias))
@@ -908,11 +910,11 @@ for name, parameter in model[1].named_parameters():
 # %%
 # What the shortcut costs
 # -----------------------
-# ``vjp`` runs the layer's forward pass again in each call of a method, and then works
-# through its graph one operation at a time. We time the methods alone, called by hand
-# as above, in float32. Formula and autodiff take turns, and who is first alternates.
-# Printed is how many times as long autodiff takes: the median, and the quartiles, which
-# say how far to trust it.
+# ``vjp`` runs the layer's forward pass in each call of a method, as the formula does
+# with ``normalize``, but it also records a graph and then goes back through it. We time
+# the methods alone, called by hand as above, in float32. Formula and autodiff take
+# turns, and who is first alternates. Printed is how many times as long autodiff takes:
+# the median, and the quartiles, which say how far to trust it.
 
 
 def seconds(work: Callable[[], object]) -> float:

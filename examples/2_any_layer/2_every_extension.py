@@ -196,7 +196,7 @@ class ScaleModuleDerivatives(BaseParameterDerivatives):
         return einsum(mat, module.input0, "k one, n ... -> k n ...")
 
     def ea_jac_t_mat_jac_prod(self, module, g_inp, g_out, mat) -> Tensor:
-        """Average J_x^T mat J_x over samples: ``[D, D]`` to ``[D, D]``."""
+        """Average J_x^T mat J_x; ``mat`` is square, over all entries of a sample."""
         return module.weight**2 * mat
 
 
@@ -1126,10 +1126,10 @@ print(f"by autodiff {(results[DiagHessian] + missing).item():.4f}")
 # \bar{H} \mathrm{J}_n`, with its Jacobian :math:`\mathrm{J}_n` at sample n.
 #
 # ``HBP`` adds, at each layer, the second derivatives of that layer weighted with the
-# gradient of its output and summed over the batch (only the products with Jacobians are
-# averaged). The witness takes the same steps with Jacobians and Hessians from
-# ``torch.func``, layer by layer. For these it needs each layer as a function of one
-# flat sample and of the layer's parameters.
+# gradient with respect to its output, and summed over the batch (only the products with
+# Jacobians are averaged). The witness takes the same steps with Jacobians and Hessians
+# from ``torch.func``, layer by layer. For these it needs each layer as a function of
+# one flat sample and of the layer's parameters.
 
 
 def flat_function(layer: nn.Module, shape: torch.Size) -> Callable:
@@ -1208,8 +1208,8 @@ check(HBP, lambda case, name: case.witness[name].hessian.sum(0), single)
 # ---------------
 # To check a function, ``check`` multiplies with all unit vectors: the result is the
 # block. It also takes their negatives: a function that takes absolute values somewhere
-# could pass with unit vectors alone. ``PCHMP`` makes the terms from the layers' second
-# derivatives positive, which are weighted with the gradient: ``modify="clip"``, the
+# could pass with unit vectors alone. ``PCHMP`` multiplies the second derivatives of the
+# layers with the gradient, and makes these products positive: ``modify="clip"``, the
 # default, sets negative ones to zero, ``modify="abs"`` takes absolute values. With
 # ``ReLU`` all of them are zero, and the result must be the GGN. (We test it with
 # nothing else; *What cannot be had*, below, says why.)
@@ -1317,8 +1317,8 @@ print(message_of(NotImplementedError, lambda: run(case, make_extension(HBP, **ch
 
 # %%
 # **PCHMP** is wrong for parameters before a ``Tanh`` in BackPACK 1.7.1, without our
-# layer and without an error: it multiplies the second derivatives twice with the
-# gradient :math:`\delta` of the layer's output. One sample shows it.
+# layer and without an error: it multiplies the second derivatives twice with
+# :math:`\delta`, the gradient with respect to the layer's output. One sample shows it.
 
 model = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, C)).to(**options)
 case = Case("[N, D]", "sum", model, cases[0].X[:1], cases[0].y[:1])

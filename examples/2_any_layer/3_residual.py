@@ -7,8 +7,8 @@ second-order extensions get through, and you know why a plain ``+`` stops them.
 
 We will:
 
-1. derive what happens to V at the two ends of a residual block: it goes into both
-   branches, and where they meet again it is added up;
+1. derive what happens to V on its way back: at the sum it goes into both branches, and
+   at the fork it is added up;
 2. write the ReZero block with modules only, and check it in first and second order;
 3. write the same with a plain ``+``, and see first order work and second order fail;
 4. see what BackPACK's converter can do about it and what it cannot;
@@ -299,7 +299,8 @@ for identity_first in [True, False]:
     diag_ggn = make_diag_ggn()
     with backpack(diag_ggn):
         loss_function(block(fork), labels).backward()
-    # Each V is kept under the memory address of the tensor that it belongs to.
+    # Each V is kept under the memory address of the tensor that it belongs to. We are
+    # the last to need this one.
     V_x = diag_ggn.saved_quantities.retrieve_quantity(fork.data_ptr(), delete_old=True)
     torch.testing.assert_close(V_x, expected)
     print(f"identity first: {identity_first!s:5}  V at the fork: {list(V_x.shape)}")
@@ -375,7 +376,7 @@ def check(
         The extended model.
 
     Raises:
-        AssertionError: If any two disagree.
+        AssertionError: If BackPACK and a witness disagree.
     """
     y = torch.randint(C, (N,), device=device)
     loss_function = nn.CrossEntropyLoss(reduction=reduction)
@@ -541,10 +542,10 @@ try:
 except NotImplementedError as error:
     show(error)
 else:
-    raise RuntimeError("BackPACK ignores own containers. This page is out of date.")
+    raise RuntimeError("BackPACK gets through our container. This page is out of date.")
 
 # %%
-# ``extend`` puts no hook on ``Sequential``, on ``Parallel`` and on classes that inherit
+# ``extend`` puts no hook on ``Sequential``, on ``Parallel``, or on classes that inherit
 # from them. That is why ``ReZero`` above inherits from ``Parallel``. A class that
 # inherits from ``Sequential`` may even have a ``forward`` of its own, as long as this
 # calls modules and nothing else. So this works too:
@@ -611,10 +612,10 @@ else:
     raise RuntimeError("The converter handles ScaleModule. This page is out of date.")
 
 # %%
-# The tracer stops at PyTorch's own modules, but for ``Sequential``, and at some of
-# BackPACK's. It enters all other modules. So it walked into ``ScaleModule.forward`` and
-# met ``weight * X``. It knows what to do with a number times a tensor, but here both
-# factors are tensors.
+# The tracer does not enter PyTorch's own modules (except ``Sequential``), nor some of
+# BackPACK's. It enters all others. So it walked into ``ScaleModule.forward`` and met
+# ``weight * X``. The converter knows what to do with a number times a tensor, but here
+# both factors are tensors.
 #
 # Curvature at the start
 # ----------------------
@@ -654,7 +655,7 @@ print(f"GGN diagonal at the start: alpha {at_start.item():.4f}, all of F 0")
 
 # %%
 # An optimizer that divides by the curvature must add a damping term, or it divides by
-# zero. As :math:`\alpha` leaves zero, the block's inside gets its curvature.
+# zero. As :math:`\alpha` leaves zero, the parameters of :math:`F` get their curvature.
 
 alphas = torch.linspace(-1, 1, 41).tolist()
 results = [curvature(a) for a in alphas]

@@ -3,15 +3,15 @@ The contract, and what breaks it
 ================================
 
 After this page you can look up what BackPACK asks of an extension, and find the cause
-and the cure of an error message or of a number that is wrong.
+and the fix of an error message or of a number that is wrong.
 
 We will:
 
 1. record who is called when, with which shapes, and print it as one table;
 2. check the rules that the table cannot show;
-3. raise the errors that a writer of extensions is likely to meet, and cure each;
+3. raise the errors that a writer of extensions is likely to meet, and fix each;
 4. compute numbers that come out wrong **without an error**, put the right numbers
-   beside them, and cure each.
+   beside them, and fix each.
 
 Every message below was raised, and every number computed, when this page was built.
 
@@ -884,7 +884,7 @@ wrong = run(network, extension, X, y)[1].weight.grad_batch
 print(f"stored as it came: {list(wrong.shape)}")
 
 # %%
-# **Cause:** BackPACK stores what the method returns, whatever it is. **Cure:** compare
+# **Cause:** BackPACK stores what the method returns, whatever it is. **Fix:** compare
 # once with ``torch.testing.assert_close``. It also compares the shapes, the data types
 # and the devices.
 
@@ -927,7 +927,7 @@ unsupported = provoke(UserWarning, message, lambda: run(network, BatchGrad(), X,
 # (``unsupported`` is for a section further down.)
 
 # %%
-# **Cause 1:** no module extension is registered for the layer's class. **Cure:**
+# **Cause 1:** no module extension is registered for the layer's class. **Fix:**
 # register one, as ``make_diag_ggn`` does.
 
 model = run(network, make_diag_ggn(), X, y)
@@ -947,7 +947,7 @@ named[1] = NamedScaleModule(-1.5).to(device, torch.float64)
 provoke(NotImplementedError, message, lambda: run(named, make_diag_ggn(), X, y))
 
 # %%
-# **Cure:** register the subclass too.
+# **Fix:** register the subclass too.
 
 extension = make_diag_ggn()
 extension.set_module_extension(NamedScaleModule, ScaleModuleDiagGGNExact())
@@ -977,7 +977,7 @@ classifier = Classifier(deepcopy(network))
 provoke(NotImplementedError, message, lambda: run(classifier, make_diag_ggn(), X, y))
 
 # %%
-# **Cure:** extend the parts, not the container. (With ``BatchGrad``, you can also live
+# **Fix:** extend the parts, not the container. (With ``BatchGrad``, you can also live
 # with the warning: the individual gradients are right.)
 
 for part in classifier.children():
@@ -994,7 +994,7 @@ model = provoke(UserWarning, message, lambda: run(classifier, make_batch_grad(),
 torch.testing.assert_close(model.layers[1].weight.grad_batch, gradients["1.weight"])
 
 # %%
-# **Another cure:** inherit from ``nn.Sequential``. The container may then still have a
+# **Another fix:** inherit from ``nn.Sequential``. The container may then still have a
 # ``forward`` of its own. The containers below do that.
 #
 # AssertionError: ``expects a backpropagation quantity but it is None``
@@ -1020,7 +1020,7 @@ message = "expects a backpropagation quantity but it is None"
 provoke(AssertionError, message, lambda: run(functional, make_diag_ggn(), X, y))
 
 # %%
-# **Cure:** use the module, ``nn.Tanh()``, instead of the function. If there is none,
+# **Fix:** use the module, ``nn.Tanh()``, instead of the function. If there is none,
 # write one, and an extension for it.
 
 modular = nn.Sequential(network[0], network[1], nn.Tanh(), network[4])
@@ -1045,7 +1045,7 @@ with backpack(make_diag_ggn()):
     provoke(AssertionError, message, loss.backward)
 
 # %%
-# **Cure:** extend the loss as well.
+# **Fix:** extend the loss as well.
 
 extended_loss = extend(deepcopy(loss_function))
 with backpack(make_diag_ggn()):
@@ -1072,7 +1072,7 @@ extension = make_diag_ggn(WrongWithoutBackpropagate)
 provoke(AssertionError, message, lambda: run(network, extension, X, y))
 
 # %%
-# **Cure:** write ``backpropagate``, also for layers without parameters.
+# **Fix:** write ``backpropagate``, also for layers without parameters.
 
 model = run(network, make_diag_ggn(), X, y)
 torch.testing.assert_close(model[0].weight.diag_ggn_exact, diagonals["0.weight"])
@@ -1095,7 +1095,7 @@ extension.set_module_extension(PlainCrossEntropy, DiagGGNCrossEntropyLoss())
 provoke(AssertionError, message, lambda: run(network, extension, X, y, own_loss))
 
 # %%
-# **Cure:** inherit from ``_Loss``, or from one of its descendants.
+# **Fix:** inherit from ``_Loss``, or from one of its descendants.
 
 
 class DerivedCrossEntropy(nn.CrossEntropyLoss):
@@ -1124,7 +1124,7 @@ message = "'Parameter' object has no attribute 'grad_batch'"
 provoke(AttributeError, message, lambda: unsupported[1].weight.grad_batch)
 
 # %%
-# **Cure:** register a module extension, as ``make_batch_grad`` does.
+# **Fix:** register a module extension, as ``make_batch_grad`` does.
 #
 # **Cause 2:** ``extend`` came after the forward pass. **Cause 3:** ``backward`` was
 # called outside the context. The forward pass may be inside or outside.
@@ -1142,7 +1142,7 @@ loss.backward()
 provoke(AttributeError, message, lambda: model[1].weight.grad_batch)
 
 # %%
-# **Cure:** in this order: ``extend``, forward, ``backward`` inside the context.
+# **Fix:** in this order: ``extend``, forward, ``backward`` inside the context.
 
 loss = extended_loss(model(X), y)
 with backpack(make_batch_grad()):
@@ -1167,13 +1167,13 @@ model = run(network, extension, X, y)
 provoke(AttributeError, message, lambda: model[1].weight.grad_batch)
 
 # %%
-# **Cure:** ``super().__init__(params=["weight"])``.
+# **Fix:** ``super().__init__(params=["weight"])``.
 
 model = run(network, make_batch_grad(), X, y)
 torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 
 # %%
-# **Cause 5:** the parameter is frozen. **Cure:** skip those without ``requires_grad``
+# **Cause 5:** the parameter is frozen. **Fix:** skip those without ``requires_grad``
 # when you read the results.
 
 model = run(frozen, make_batch_grad(), X, y)
@@ -1199,7 +1199,7 @@ message = "'ScaleModule' object has no attribute 'output'"
 provoke(AttributeError, message, lambda: run(twice, make_batch_grad(), X, y))
 
 # %%
-# **Cure:** two objects. If they must share their weight, assign the parameter of one to
+# **Fix:** two objects. If they must share their weight, assign the parameter of one to
 # the other, and then combine what the two store, as the section `on tied parameters
 # <#tied-parameters>`_ shows. Without sharing:
 
@@ -1223,7 +1223,7 @@ with backpack(make_batch_grad()):
     provoke(AttributeError, "has no attribute 'output'", loss.backward)
 
 # %%
-# **Cure:** give ``retain_graph=True`` to ``backpack`` as well.
+# **Fix:** give ``retain_graph=True`` to ``backpack`` as well.
 
 loss = extended_loss(model(X), y)
 with backpack(make_batch_grad(), retain_graph=True):
@@ -1253,7 +1253,7 @@ provoke(AttributeError, message, lambda: run(keyword, make_batch_grad(), X, y))
 
 # %%
 # **Cause:** the forward hooks of PyTorch, by which BackPACK stores inputs, get only the
-# arguments that are passed by position. **Cure:** pass inputs by position.
+# arguments that are passed by position. **Fix:** pass inputs by position.
 
 positional = nn.Sequential(network[0], network[1], network[4])
 model = run(positional, make_batch_grad(), X, y)
@@ -1298,7 +1298,7 @@ provoke(AttributeError, message, lambda: run(flag, make_invertible_diag_ggn(), X
 
 # %%
 # **Cause:** BackPACK takes everything that is passed by position for a tensor.
-# **Cure:** tensors by position, everything else by keyword.
+# **Fix:** tensors by position, everything else by keyword.
 
 
 class KeywordFlag(nn.Sequential):
@@ -1310,8 +1310,8 @@ class KeywordFlag(nn.Sequential):
         return self[2](Z)
 
 
-cured = KeywordFlag(network[0], scale, network[4])
-model = run(cured, make_invertible_diag_ggn(), X, y)
+fixed = KeywordFlag(network[0], scale, network[4])
+model = run(fixed, make_invertible_diag_ggn(), X, y)
 for name, right in ggn_diagonals(flag, X, y).items():
     torch.testing.assert_close(model.get_parameter(name).diag_ggn_exact, right)
 
@@ -1334,7 +1334,7 @@ scale = extend(ScaleModule().to(device, torch.float64))
 provoke(RuntimeError, message, lambda: scale(X).add_(1))
 
 # %%
-# **Cure:** ``inplace=False``, and ``Z = Z + 1``.
+# **Fix:** ``inplace=False``, and ``Z = Z + 1``.
 
 not_in_place = nn.Sequential(network[0], network[1], nn.ReLU(), network[4])
 model = run(not_in_place, make_batch_grad(), X, y)
@@ -1354,7 +1354,7 @@ provoke(
 )
 
 # %%
-# **Cause:** the class has an entry already. **Cure:** register once, or say that you
+# **Cause:** the class has an entry already. **Fix:** register once, or say that you
 # mean it.
 
 extension.set_module_extension(ScaleModule, ScaleModuleBatchGrad(), overwrite=True)
@@ -1392,7 +1392,7 @@ for name in extensions.__all__:
         print(name)
 
 # %%
-# **Cure:** give the network only the samples that you want. With ``"mean"``, mind that
+# **Fix:** give the network only the samples that you want. With ``"mean"``, mind that
 # the divisor is then the size of the subset.
 
 model = run(network, make_diag_ggn(), X[[4, 0]], y[[4, 0]])
@@ -1439,7 +1439,7 @@ extension = make_batch_grad(module_extension=WrongBiasBatchGrad)
 provoke(AttributeError, message, lambda: run(network, extension, X, y))
 
 # %%
-# **Cure:** the names in ``params``, the methods and the parameters of the layer must
+# **Fix:** the names in ``params``, the methods and the parameters of the layer must
 # agree. A layer with an optional parameter sets it to ``None``, as ``nn.Linear`` does
 # with ``bias=False``; BackPACK then skips the method.
 
@@ -1457,7 +1457,7 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 provoke(ValueError, "received a class instead", lambda: backpack(BatchGrad))
 
 # %%
-# **Cause:** the parentheses are missing. **Cure:** ``backpack(BatchGrad())``.
+# **Cause:** the parentheses are missing. **Fix:** ``backpack(BatchGrad())``.
 
 model = run(linears, BatchGrad(), X, y)
 right = individual_gradients(linears, X, y)["0.weight"]
@@ -1474,7 +1474,7 @@ provoke(RuntimeError, message, lambda: ggn_diagonals(extended, X, y))
 
 # %%
 # **Cause:** the model, or the loss, is extended, and the hooks do not go together with
-# ``torch.func``. **Cure:** compute with ``torch.func`` first and extend afterwards, or
+# ``torch.func``. **Fix:** compute with ``torch.func`` first and extend afterwards, or
 # extend a copy, as ``run`` does.
 
 right = ggn_diagonals(network, X, y)
@@ -1490,7 +1490,7 @@ provoke(UserWarning, harmless, lambda: run(network, make_batch_grad(), X, y))
 # %%
 # **Cause:** PyTorch says that the first layer's input, the data, requires no gradient.
 # That is as it should be, and the results are right, as the comparisons on this page
-# show. **Cure:** none needed. This site hides the warning. In your own code you can do
+# show. **Fix:** none needed. This site hides the warning. In your own code you can do
 # the same:
 
 with warnings.catch_warnings():
@@ -1558,7 +1558,7 @@ run(network, extension, buffer, y)
 provoke(RuntimeError, message, lambda: run(network, extension, buffer[:4], y[:4]))
 
 # %%
-# **Cure:** a fresh extension object for each ``backward``, from a factory. Extensions
+# **Fix:** a fresh extension object for each ``backward``, from a factory. Extensions
 # that expect no V, those of the first order, store none and are safe.
 
 expect(make_batch_grad().expects_backpropagation_quantities(), False)
@@ -1603,7 +1603,7 @@ silently_wrong("view", wrong, right["1.weight"])
 # %%
 # **Cause:** a view shares memory, and so the address, with its original. So the scale
 # module finds the V of the **transposed** tensor, takes it for its own, and the axes
-# are mixed up. (Here T equals H, so that even the shapes fit.) **Cure:** a module.
+# are mixed up. (Here T equals H, so that even the shapes fit.) **Fix:** a module.
 # BackPACK has one for permutations and knows it in ``DiagGGNExact``.
 
 permuting = nn.Sequential(*before, Permute(0, 2, 1), *after).to(device, torch.float64)
@@ -1644,7 +1644,7 @@ with backpack(make_diag_ggn()):
     provoke(AssertionError, message, loss.backward)
 
 # %%
-# **Cure:** call ``backward`` before the next forward pass; or evaluate under
+# **Fix:** call ``backward`` before the next forward pass; or evaluate under
 # ``torch.no_grad()``, where BackPACK stores nothing; or, if you need a graph, under
 # BackPACK's own ``disable()``.
 
@@ -1699,7 +1699,7 @@ silently_wrong("several inputs", model[1].weight.diag_ggn_exact, right["1.weight
 
 # %%
 # **Cause:** ``backpropagate`` returns one V, and BackPACK stores it for every input
-# that requires a gradient. There is no way to return two. **Cure:** layers with one
+# that requires a gradient. There is no way to return two. **Fix:** layers with one
 # input each, and a plain sum at the end. For a sum one V is right. BackPACK has
 # ``SumModule``, and for constant factors its own ``ScaleModule``, the one without a
 # parameter.
@@ -1714,8 +1714,8 @@ class ScaledBranches(nn.Sequential):
 
 
 two, three = scale_module.ScaleModule(2.0), scale_module.ScaleModule(3.0)
-cured = ScaledBranches(*branches, two, three, SumModule())
-model = run(cured, make_diag_ggn(), X, y)
+fixed = ScaledBranches(*branches, two, three, SumModule())
+model = run(fixed, make_diag_ggn(), X, y)
 for name in right:
     torch.testing.assert_close(model.get_parameter(name).diag_ggn_exact, right[name])
 
@@ -1737,7 +1737,7 @@ torch.testing.assert_close(right.sum(0), weight.grad)
 
 # %%
 # **Cause:** each use stores its result on the one parameter, and overwrites that of the
-# use before. **Cure:** ``extension_hook`` runs after each layer. Ours adds up the
+# use before. **Fix:** ``extension_hook`` runs after each layer. Ours adds up the
 # results and clears the parameter for the next use.
 
 
@@ -1785,7 +1785,7 @@ with backpack(DiagGGNExact(), extension_hook=add):
 silently_wrong("tied, DiagGGN added up", sums[model[0].weight], right)
 
 # %%
-# **Cure:** add up the V, then square. ``SqrtGGNExact`` gives the V of each parameter,
+# **Fix:** add up the V, then square. ``SqrtGGNExact`` gives the V of each parameter,
 # with shape ``[C, N, *parameter.shape]``.
 
 add, sums = make_adder("sqrt_ggn_exact")
@@ -1834,7 +1834,7 @@ provoke(AttributeError, message, lambda: model[1].log_weight.grad_batch)
 
 # %%
 # **Cause:** BackPACK stores the result on ``module.weight``. Here this is a temporary
-# tensor, gone at once. **Cure:** name the leaf, and write the method for it. With
+# tensor, gone at once. **Fix:** name the leaf, and write the method for it. With
 # :math:`a` for ``log_weight`` and :math:`z = e^a x`, the Jacobian with respect to
 # :math:`a` is :math:`z` itself, the output of the layer.
 
@@ -1882,7 +1882,7 @@ for indices in [list(range(N)), subset]:
 # %%
 # The same holds for weights that ``torch.nn.utils.parametrize`` computes. It even
 # replaces the class of the layer, so that the lookup fails as well, and adds modules of
-# its own; the message names one of these. The cure is the same: a layer that owns the
+# its own; the message names one of these. The fix is the same: a layer that owns the
 # leaf.
 
 
@@ -1916,7 +1916,7 @@ silently_wrong("factor in front of the loss", model[1].weight.diag_ggn_exact, ri
 
 # %%
 # **Cause:** V starts at the loss module, which does not see what is done with its
-# output. Gradients come from PyTorch and do carry the factor. **Cure:** for second
+# output. Gradients come from PyTorch and do carry the factor. **Fix:** for second
 # order, call ``backward`` on the loss itself and multiply the result.
 
 torch.testing.assert_close(model[1].weight.grad_batch, 0.5 * gradients["1.weight"])
@@ -1950,7 +1950,7 @@ for option, message in [
     provoke(NotImplementedError, message, function)
 
 # %%
-# **Cure:** leave the samples out yourself. With ``"mean"``, PyTorch divides by the
+# **Fix:** leave the samples out yourself. With ``"mean"``, PyTorch divides by the
 # number of samples that remain, and so does this.
 
 kept = masked_y != -100
@@ -2007,7 +2007,7 @@ for label, data in [("X", (X, y)), ("X_other", (X_other, y_other))]:
 # %%
 # **Cause:** the VJP of one sample sums over all entries of the output that the
 # parameter acts on, here the features; samples and columns of V are not part of it.
-# **Cure:** three steps in this order: sum over the features, square, sum over columns
+# **Fix:** three steps in this order: sum over the features, square, sum over columns
 # and samples,
 #
 # .. math::
@@ -2037,7 +2037,7 @@ plt.show()
 # The order of the calls and the shapes in the table were recorded when the page ran.
 # Every message was raised by the installed versions of PyTorch and BackPACK, and every
 # silently wrong number differs from the right one, which ``torch.func`` computed
-# without BackPACK. Every cure shown in code was run and compared in float64, at the
+# without BackPACK. Every fix shown in code was run and compared in float64, at the
 # default tolerance of ``torch.testing.assert_close``. If a later BackPACK mends one of
 # the traps, the script of this page ends with an error, and the page must be rewritten.
 #

@@ -756,7 +756,7 @@ def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
         ).sum((0, 1)),
         "not squared": V_p.sum((0, 1)),
         "takes absolute values, not squares": V_p.abs().sum((0, 1)),
-        "not summed over samples (as for BatchDiagGGNExact)": V_p.square().sum(0),
+        "not summed over samples": V_p.square().sum(0),
         "not summed over the columns of V": V_p.square().sum(1),
         "not summed over samples and columns of V": V_p.square(),
         "uses the first column of V only": V_p[0].square().sum(0),
@@ -971,7 +971,7 @@ def fitting_patterns(method: Method, results: list[Result]) -> list[str]:
 # parameter methods have stored: BackPACK skips these for frozen parameters.
 
 
-def where(results: list[Result]) -> str:
+def where(results: list[Result], failing: list[bool]) -> str:
     """Say what the failing settings have in common, and the others do not."""
     common = {
         "with a subset (slice g_out[0] and module.input0, both)": lambda c: c.subset,
@@ -982,7 +982,6 @@ def where(results: list[Result]) -> str:
         "for a batch of one sample": lambda c: len(c.X) == 1,
         "for more than one sample": lambda c: len(c.X) > 1,
     }
-    failing = [not result.ok for result in results]
     for text, holds in common.items():
         if failing == [bool(holds(r.case)) for r in results] and not all(failing):
             return f" only {text}"
@@ -1029,7 +1028,8 @@ def diagnose(layer: Layer, method: Method, results: list[Result]) -> str:
         return "relies on the parameter methods, which are skipped if frozen"
     for result in failing:
         if result.cell == "raises":
-            return f"raises{where(results)}: {result.note}"
+            raising = [r.cell == "raises" for r in results]
+            return f"raises{where(results, raising)}: {result.note}"
     for result in failing:
         if not isinstance(result.value, Tensor) or result.cell in UNRELATED_TO_NUMBERS:
             return result.note
@@ -1045,7 +1045,8 @@ def diagnose(layer: Layer, method: Method, results: list[Result]) -> str:
         expected = right_answer(method, first.case).flatten()[:3].tolist()
         shown = [", ".join(f"{v:.4g}" for v in vs) for vs in (actual, expected)]
         numbers += f", returns {shown[0]}, ... where {shown[1]}, ... is right"
-    return f"unknown; wrong{where(results)}. {numbers}"
+    wrong = [not result.ok for result in results]
+    return f"unknown; wrong{where(results, wrong)}. {numbers}"
 
 
 # %%
@@ -1329,7 +1330,8 @@ def run_backpack(
         if p.requires_grad
     }
     if kind == "DiagGGNExact" and network.needs_grad:
-        # BackPACK keeps V by the memory address of the tensor that it belongs to.
+        # BackPACK keeps V by the memory address of the tensor that it belongs to. We
+        # take it out.
         V = extension.saved_quantities.retrieve_quantity(X.data_ptr(), delete_old=True)
         stored["input0"] = None if V is None else V.square().sum(0)
     return stored

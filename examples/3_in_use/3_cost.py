@@ -536,7 +536,7 @@ def one_thread() -> Iterator[None]:
 
 # %%
 # Before the first round, we find out how many calls of a way fill 2 milliseconds. In
-# each round, it is called so many times.
+# each round, it is called that many times.
 
 Times = dict[str, list[float]]
 
@@ -1028,9 +1028,10 @@ for name in ["einsum, V first", "einsum, X first"]:
 # **Temporary memory.** ``(V * X).sum`` writes a tensor as large as V, and reads it
 # again: three passes instead of one. ``vecdot`` needs the same memory, ``einsum`` needs
 # none of it: its 0.02 is the result alone, 1/D of V. (The loop adds one slice, 1/C of
-# V.) The lower panel shows one more effect: for a new tensor, the operating system may
-# have to provide fresh memory. Where the candidate that writes into old memory takes
-# less than half of the time, the fresh memory costs more than the multiplying itself.
+# V.) The lower panel shows the other part of this price: for a new tensor, the
+# operating system may have to provide fresh memory. Where the candidate that writes
+# into old memory takes less than half of the time, the fresh memory costs more than the
+# multiplying itself.
 #
 # **Cache.** A loop over C touches one slice of V at a time, which fits into the cache
 # more often than V does, and so do its temporary results. So the loop is not always
@@ -1064,10 +1065,10 @@ for results, loop, vectorized in [
 # the best candidate takes longer than one pass over V, by a factor that you can read
 # off the upper panel. We want the clearest form that is not far behind where there is
 # work to do. See the row of the einsum with X first: in the last column it is near to 1
-# (noise on the machine can raise it a little). Only for the tiny V of 8 KB others are
-# clearly ahead, where the fixed cost of the call is more than the work. It makes no
-# second tensor as large as V, its code is as clear as that of the other order, and with
-# an ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
+# (noise on the machine can raise it a little). For the tiny V of 8 KB, where the fixed
+# cost of the call is more than the work, others are clearly ahead. It makes no second
+# tensor as large as V, its code is as clear as that of the other order, and with an
+# ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
 #
 # What was verified
 # -----------------
@@ -1077,8 +1078,9 @@ for results, loop, vectorized in [
 # the definition, and its V has the sign of the VJP. The memory meter knows the peak of
 # a known program. V has the shape ``[C, N, H]`` in the network, and on the CPU the peak
 # memory agrees with the estimate to 20 percent. At N = 256 the loop over samples takes
-# at least 4 times as long as BackPACK, at C = 1000 the loop over C at least 4 times as
-# long as the vectorized methods. All other times are measured and drawn, not checked.
+# at least 4 times as long as BackPACK, at C = 1000 and D = 16 the loop over C at least
+# 4 times as long as the vectorized methods. All other times are measured and shown, not
+# checked.
 #
 # **Next:** You have read the site to its end. To bring your own layer, start from
 # `Check your own layer <../2_any_layer/6_check_your_layer.html>`_.
