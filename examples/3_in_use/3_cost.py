@@ -1033,10 +1033,11 @@ for name in ["einsum, V first", "einsum, X first"]:
 # into old memory takes less than half of the time, the fresh memory costs more than the
 # multiplying itself.
 #
-# **Cache.** A loop over C touches one slice of V at a time, which fits into the cache
-# more often than V does, and so do its temporary results. So the loop is not always
-# bad: for a large V it can beat the candidates that make a tensor as large as V. But it
-# pays the fixed cost of its operations C times.
+# **Cache and fixed cost.** A loop over C touches one slice of V at a time, which fits
+# into the cache more often than V does, and so do its temporary results. So the loop is
+# not always bad: for a large V it can beat the candidates that make a tensor as large
+# as V. But it pays the fixed cost of its operations C times, which makes its large
+# number in the last column.
 #
 # What was said about memory can be checked:
 
@@ -1047,8 +1048,8 @@ if device.type == "cpu":
         raise AssertionError("einsum needs memory.")
 
 # %%
-# For many classes the loop loses on any machine, in both methods. We check this for a
-# thousand classes and few features, with a wide margin.
+# For many classes and few features the loop loses on any machine, in both methods. We
+# check this for a thousand classes and few features, with a wide margin.
 
 many = (1000, 32, 16)
 for results, loop, vectorized in [
@@ -1064,11 +1065,11 @@ for results, loop, vectorized in [
 # plus a fixed cost that shows where V is tiny. It is at its limit. For ``weight``, even
 # the best candidate takes longer than one pass over V, by a factor that you can read
 # off the upper panel. We want the clearest form that is not far behind where there is
-# work to do. See the row of the einsum with X first: in the last column it is near to 1
-# (noise on the machine can raise it a little). For the tiny V of 8 KB, where the fixed
-# cost of the call is more than the work, others are clearly ahead. It makes no second
-# tensor as large as V, its code is as clear as that of the other order, and with an
-# ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
+# work to do. See the row of the einsum with X first: in the last column it is among the
+# smallest (noise on the machine decides between those). For the tiny V of 8 KB, where
+# the fixed cost of the call is more than the work, others are clearly ahead. It makes
+# no second tensor as large as V, its code is as clear as that of the other order, and
+# with an ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
 #
 # What was verified
 # -----------------
