@@ -715,7 +715,7 @@ for name, parameter in model[1].named_parameters():
 # - take one tensor and return one tensor;
 # - treat the samples separately;
 # - contain no other modules;
-# - use no randomness, as dropout does, and update no buffer in place;
+# - use no randomness (dropout does), and update no buffer in place;
 # - use only operations that ``torch.func`` supports.
 #
 # One obstacle: the layer is extended, so calling it runs BackPACK's hooks, and
@@ -941,7 +941,7 @@ def ratio(formula: Callable[[], object], autodiff: Callable[[], object]) -> str:
 
 # %%
 # One tuple of arguments serves all methods; each uses those that it needs. As in a
-# backward pass, no graph is recorded.
+# backward pass, autograd records no graph (what ``vjp`` does inside is its own).
 
 first_order = [RMSNormBatchGrad(), AutodiffBatchGrad(["weight"])]
 second_order = [RMSNormDiagGGNExact(), AutodiffDiagGGNExact(["weight"])]
