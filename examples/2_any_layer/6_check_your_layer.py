@@ -748,7 +748,7 @@ def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
         "squared after the sum over samples": V_p.sum(1).square().sum(0),
         "squared after the sum over the columns of V": V_p.sum(0).square().sum(0),
         "squared after all sums": V_p.sum((0, 1)).square(),
-        "squared before the sum over features": products.square().sum((0, 1, 2, 3)),
+        "squared before the sum over T and D": products.square().sum((0, 1, 2, 3)),
         "squared before the sum over T": products.sum(3).square().sum((0, 1, 2)),
         "squared before the sum over D": products.sum(2).square().sum((0, 1, 2)),
         "input and V summed, then squared, each on its own": (
@@ -1107,10 +1107,10 @@ def check_by_hand(
 # In networks
 # -----------
 # Methods that are right by hand may still fail inside BackPACK: a name may be missing
-# in ``super().__init__(params=[...])``, or a method may use an autograd graph, which is
-# gone in a backward pass. So we also let BackPACK call them, in networks. What
-# ``backpropagate`` returns shows in the GGN diagonal of the layers before, and in V of
-# the network's input if that requires a gradient.
+# in ``super().__init__(params=[...])``, or a method may use the autograd graph of the
+# layer's forward pass, which PyTorch has freed by then. So we also let BackPACK call
+# them, in networks. What ``backpropagate`` returns shows in the GGN diagonal of the
+# layers before, and in V of the network's input if that requires a gradient.
 
 
 @dataclass(eq=False)
@@ -1693,7 +1693,7 @@ print(report)
 # %%
 # A gallery of wrong extensions
 # -----------------------------
-# Each class inherits from the right one and breaks one method. First, the individual
+# Each class inherits from the right one and holds one mistake. First, the individual
 # gradients.
 
 
@@ -1791,7 +1791,7 @@ class WrongPattern(ScaledLinearDiagGGNExact):
 
 
 class WrongTranspose(ScaledLinearDiagGGNExact):
-    """Wrong on purpose: multiplies with W, where its transpose belongs."""
+    """Wrong on purpose: W v, not W^T v. (Rows v: ``V_out @ W`` holds W^T v.)"""
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Return ``[C, N, *, D_in]``, which fits as the matrix is square."""
@@ -1810,7 +1810,7 @@ class WrongGain(ScaledLinearDiagGGNExact):
     """Wrong on purpose: forgets the gain, which is one at the start."""
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
-        """Multiply with W only."""
+        """Leave the gain out."""
         return V_out @ module.weight
 
 
@@ -1881,7 +1881,7 @@ answers = {
     WrongOrder: "BatchGrad.weight: result transposed",
     WrongInput: "BatchGrad.weight: uses module.output in place of module.input0",
     WrongSumFirst: "DiagGGNExact.weight: squared after the sum over samples",
-    WrongSquareFirst: "DiagGGNExact.gain: squared before the sum over features",
+    WrongSquareFirst: "DiagGGNExact.gain: squared before the sum over T and D",
     WrongReturn: "DiagGGNExact.bias: returns None",
     WrongInPlace: "DiagGGNExact.bias: changes V_out in place",
     WrongPattern: "DiagGGNExact.bias: raises only for [N, T, D]",
