@@ -616,7 +616,7 @@ def run(case: Case, extension: BackpropExtension) -> dict:
 
     Args:
         case: Network and data.
-        extension: A registered extension.
+        extension: An extension that supports all layers of the network.
 
     Returns:
         Results by name of the parameter.
@@ -780,8 +780,8 @@ if not asked.any(0).all():
 # :math:`\mathrm{J}_x^\top`; the Hessian diagonal adds ``hessian_is_zero``. ``KFRA`` and
 # ``HBP`` replace :math:`\mathrm{J}_x^\top` by the average and add :math:`\mathrm{J}_w`;
 # the matrix products need all four products with one Jacobian. HBP, HMP and PCHMP also
-# ask ``hessian_is_zero``, as they add second derivatives; so does KFRA, which goes
-# backward by the same code as HBP.
+# ask ``hessian_is_zero``, as they add second derivatives; so does KFRA, as all averaged
+# matrices go backward by the same code. (KFAC and KFLR send square roots.)
 
 transposed = {"_jac_t_mat_prod", "_weight_jac_t_mat_prod"}
 others = [i for i, method in enumerate(methods) if method not in transposed]

@@ -765,8 +765,9 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # ~~~~~~~~~~~~
 # The gradient that arrives at a layer carries the factor of the loss's reduction, and V
 # its square root. So with ``"mean"``, which is PyTorch's default, individual gradients
-# and the GGN diagonal are divided by N. With ``nn.MSELoss``, the divisor is the number
-# of **all** entries of the output.
+# and the GGN diagonal are divided by N (with more targets for each sample, by the
+# number of all targets). With ``nn.MSELoss``, the divisor is the number of **all**
+# entries of the output.
 
 mean_loss = nn.CrossEntropyLoss(reduction="mean")
 model = run(network, make_batch_grad(), X, y, mean_loss)
@@ -1501,9 +1502,9 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # %%
 # Silent traps
 # ------------
-# From here on, BackPACK computes something other than you want, mostly without a word.
-# Each section shows the wrong result, if there is one, and the right one, up to six
-# numbers of each.
+# From here on, BackPACK computes something other than what you want, mostly without a
+# word. Each section shows the wrong result, if there is one, and the right one, up to
+# six numbers of each.
 #
 # One second-order extension object, used again
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -1627,6 +1628,7 @@ for trap, extension, right in [
     extended_loss(model(X_other), y_other)
     with backpack(extension):
         loss.backward()
+    # savefield: where the extension stores its results, grad_batch or diag_ggn_exact
     wrong = getattr(model[1].weight, extension.savefield)
     silently_wrong(trap, wrong, right)
 
