@@ -65,8 +65,8 @@ lint: venv-tests  ## Check format, style, spelling, inventories and the workflow
 	.venv/bin/codespell -L nd README.md conf.py Makefile docs/*.rst examples tests
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows \
 	.github/workflows/*.yml
-	$(IN_VENV) -m pytest -q tests/test_lint.py -k inventories
 	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(IN_VENV) -m pytest -q tests/test_lint.py -k inventories
 
 clean:  ## Remove what was built, but not .venv
 	rm -rf docs/gallery $(BUILD)

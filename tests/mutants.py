@@ -331,6 +331,7 @@ def gradient_terms(call: Call) -> Tensor:
     if call.subset is not None:
         V = V if V.shape[1] == len(call.subset) else V[:, call.subset]
         x = x[call.subset]
+    # The first is what we return, the second what jacrev holds on its way.
     if V.numel() * max(parameter.numel(), module.output[0].numel()) > 2e7:
         raise NotHereError
 

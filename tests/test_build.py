@@ -84,6 +84,9 @@ def test_renamed_page_leaves_nothing_behind(stubs):
 # ---------------------------------------------------------------------------
 # Stubs: one value, the repository, puts addresses and launch buttons into the site
 # ---------------------------------------------------------------------------
+HOME = "https://someone.github.io/layers/"
+
+
 def test_wrong_repository_name(stubs):
     """A name that is not owner/name fails the build and is shown."""
     build = stubs.make("html", GITHUB_REPOSITORY="layers")
@@ -96,7 +99,7 @@ def published(stubs, request) -> dict[str, BeautifulSoup]:
     """Build for a repository, or for none; return all documents by their address."""
     build = stubs.make("html", GITHUB_REPOSITORY=request.param)
     assert build.returncode == 0, build.stdout[-3000:]
-    home = "https://someone.github.io/layers/" if request.param else ""
+    home = HOME if request.param else ""
     files = [path.relative_to(stubs.html) for path in stubs.html.rglob("*.html")]
     return {
         f"{home}{file}": BeautifulSoup((stubs.html / file).read_text(), "html.parser")
@@ -119,8 +122,7 @@ def test_link_previews(stubs, published):
         assert about["og:title"] in soup.title.text
         assert len(about["og:description"]) > 40
         image = urljoin(address, about["og:image"])
-        path = image.removeprefix("https://someone.github.io/layers/")
-        assert (stubs.html / path).is_file(), image
+        assert (stubs.html / image.removeprefix(HOME)).is_file(), image
 
 
 def test_launch_buttons(stubs, published):

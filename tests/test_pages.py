@@ -1,7 +1,6 @@
 """Every page on its own: as a script, as a notebook, with other seeds, in float32."""
 
 import ast
-import json
 import os
 import re
 import subprocess
@@ -51,12 +50,10 @@ def faults(source: str) -> list[str]:
         found.append("no check with torch.testing.assert_close")
     if SEED not in source and "rand" in source:
         found.append(f"random numbers without {SEED}")
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    for node in [tree, *classes]:
-        for child in node.body:
-            is_public = hasattr(child, "name") and not child.name.startswith("_")
-            if is_public and not ast.get_docstring(child):
-                found.append(f"{child.name}, line {child.lineno}: no docstring")
+    for node in ast.walk(tree):
+        is_definition = isinstance(node, ast.ClassDef | ast.FunctionDef)
+        if is_definition and not ast.get_docstring(node):
+            found.append(f"{node.name}, line {node.lineno}: no docstring")
     return found
 
 
@@ -185,7 +182,7 @@ def notebooks(built):
             except (CellExecutionError, DeadKernelError) as failure:
                 error = str(failure)
         pages.progress(f"notebook  {name_of(page)}")
-        return SimpleNamespace(path=paths[page.stem], error=error)
+        return SimpleNamespace(notebook=notebook, error=error)
 
     return dict(zip(PAGES, pages.two_at_a_time(run, PAGES), strict=True))
 
@@ -207,9 +204,8 @@ RAW = {
 @each_page
 def test_notebook_holds_no_raw_markup(page, notebooks):
     """No reStructuredText is left in the text of a notebook."""
-    cells = json.loads(notebooks[page].path.read_text())["cells"]
-    text = [c["source"] for c in cells if c["cell_type"] == "markdown"]
-    assert raw_markup(["".join(source) for source in text]) == []
+    cells = notebooks[page].notebook.cells
+    assert raw_markup([c.source for c in cells if c.cell_type == "markdown"]) == []
 
 
 def raw_markup(cells: list[str]) -> list[str]:

@@ -221,9 +221,9 @@ def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
 
 # %%
 # That is all. A first run, on the scale module and the linear layer from above:
-# ``extend`` the model and the loss (in place), and call ``backward`` inside ``with
-# backpack(...)``. (``BatchGrad`` alone does not need the loss extended; second-order
-# extensions will.) The result is the one that we computed by hand.
+# ``extend`` the model and the loss (in place), and call ``backward`` inside
+# ``with backpack(...)``. (``BatchGrad`` alone does not need the loss extended;
+# second-order extensions will.) The result is the one that we computed by hand.
 
 scale = ScaleModule().to(device, torch.float64)
 model = extend(nn.Sequential(scale, head))

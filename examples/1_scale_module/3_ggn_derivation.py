@@ -16,8 +16,8 @@ We will:
 6. see where GGN and Hessian agree, and where they do not.
 
 You should know Jacobians and the chain rule. BackPACK runs only once, when we look at
-its square root. The code below each equation evaluates it, in float64,
-with the Jacobians and Hessians of ``torch.func``.
+its square root. The code below each equation evaluates it, in float64, with the
+Jacobians and Hessians of ``torch.func``.
 """
 
 import matplotlib.pyplot as plt

@@ -205,6 +205,8 @@ def weight_vjps(layer: ScaleModule, X: Tensor, V_out: Tensor) -> Tensor:
         """Return ``[C, 1]`` for ``x``, shape ``[*]``, and ``v``, shape ``[C, *]``."""
 
         def output(weight):
+            """Return the layer's output for the sample, shape ``[*]``."""
+
             return weight * x
 
         _, vjp = torch.func.vjp(output, layer.weight.detach())

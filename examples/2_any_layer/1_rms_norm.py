@@ -766,6 +766,7 @@ def parameter_vjp(module: nn.Module, name: str, X: Tensor, V: Tensor) -> Tensor:
         """Return ``[C, *parameter]`` for ``x``, ``[*]``, and ``v``, ``[C, *]``."""
 
         def output(parameter: Tensor) -> Tensor:
+            """Return the layer's output for the sample, shape ``[*]``."""
             new = {f"layer.{name}": parameter}
             return functional_call(layer, new, x.unsqueeze(0)).squeeze(0)
 

@@ -474,6 +474,8 @@ class WeightProduct:
         """
 
         def product(mat: Tensor) -> Tensor:
+            """Multiply K vectors with the block, ``[K, 1]`` to ``[K, 1]``."""
+
             d, io = self.derivatives, (module, g_inp, g_out)
             mat_out = product_out(d.weight_jac_mat_prod(*io, mat))
             return d.param_mjp("weight", *io, mat_out)
@@ -668,10 +670,12 @@ def ask_autodiff(case: Case, name: str) -> Witness:
     parameters = {n: p.detach() for n, p in case.model.named_parameters()}
 
     def output(theta, x):
+        """Return the network's output for one sample, shape ``[C]``."""
         changed = parameters | {name: theta}
         return functional_call(case.model, changed, x.unsqueeze(0)).squeeze(0)
 
     def loss(theta, x, y):
+        """Return one sample's share of the total loss, a scalar."""
         return case.loss(output(theta, x), y)
 
     data = (parameters[name], case.X, case.y)
@@ -1141,6 +1145,7 @@ def flat_function(layer: nn.Module, shape: torch.Size) -> Callable:
     """
 
     def call(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the layer's output for a flat sample, flat as well."""
         X = x.reshape(1, *shape)
         return functional_call(layer, parameters, X).flatten()
 
@@ -1169,6 +1174,7 @@ def averaged_blocks(case: Case, with_residual: bool) -> dict:
     H = loss_hessians(case).sum(0)
 
     def average(J: Tensor) -> Tensor:
+        """Average J^T H J over samples, for J of shape ``[N, k, i]``: ``[i, i]``."""
         return einsum(J, H, J, "n k i, k l, n l j -> i j") / len(J)
 
     blocks = {}

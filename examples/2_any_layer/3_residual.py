@@ -418,6 +418,7 @@ def make_network(name: str, identity_first: bool) -> nn.Sequential:
     """
 
     def block(inner: nn.Module) -> ReZero:
+        """Build a block around ``inner``."""
         return ReZero(inner, alpha, identity_first)
 
     inner_logits = nn.Sequential(nn.Linear(C, 3), nn.Sigmoid(), nn.Linear(3, C))

@@ -256,8 +256,7 @@ torch.testing.assert_close(eigenvalues[:, 1:], (1 / s).unsqueeze(1).expand(N, C 
 # We look for S with :math:`S S^\top = \nabla_f^2 \ell`. A matrix with the same
 # eigenvectors and the square roots of the eigenvalues works: :math:`s^{-1/2}`
 # orthogonal to :math:`r`, and :math:`s^{-3/2}` along it. With :math:`\lVert r \rVert^2
-# = \delta^2 (s - 1)(s + 1)` the norm drops out. (In the code below the samples come
-# first, as in H: ``[N, C, C]``.)
+# = \delta^2 (s - 1)(s + 1)` the norm drops out:
 #
 # .. math::
 #     S = \frac{1}{\sqrt{s}} \left(
@@ -265,7 +264,7 @@ torch.testing.assert_close(eigenvalues[:, 1:], (1 / s).unsqueeze(1).expand(N, C 
 #     = \frac{1}{\sqrt{s}} \left( I - \frac{r r^\top}{\delta^2 s (s + 1)} \right) .
 
 denominator = (delta**2 * s * (s + 1)).reshape(N, 1, 1)
-S = (identity - outer / denominator) / s.sqrt().reshape(N, 1, 1)
+S = (identity - outer / denominator) / s.sqrt().reshape(N, 1, 1)  # as H: [N, C, C]
 torch.testing.assert_close(S @ S.mT, H)
 
 # %%

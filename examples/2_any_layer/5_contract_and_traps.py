@@ -362,6 +362,7 @@ def individual_gradients(model: nn.Module, X: Tensor, y: Tensor) -> dict[str, Te
     """
 
     def losses(parameters: dict[str, Tensor]) -> Tensor:
+        """Return the loss of each sample, shape ``[N]``."""
         output = functional_call(model, parameters, (X,))
         return nn.functional.cross_entropy(output, y, reduction="none")
 
@@ -384,6 +385,7 @@ def ggn_diagonals(
     """
 
     def output(parameters: dict[str, Tensor]) -> Tensor:
+        """Return the network's output, shape ``[N, C]``."""
         return functional_call(model, parameters, (X,))
 
     parameters = {n: p.detach() for n, p in model.named_parameters()}
@@ -462,7 +464,10 @@ def record(
     """
 
     def recording(name: str, method: Callable) -> Callable:
+        """Return a function that does what ``method`` does, and records it."""
+
         def recorded(ext, module, g_inp, g_out, V_out):
+            """Call the method, and write down the shapes that it saw."""
             result = method(ext, module, g_inp, g_out, V_out)
             tensors = g_out[0], module.input0, V_out, result
             who = f"{layer.__name__}.{name}"
@@ -645,10 +650,10 @@ plt.show()
 # ``mc_samples`` says. (Both take the same module extensions. That of the loss asks
 # ``ext`` which columns to make.) ``SqrtGGNExact`` stores V of each parameter itself,
 # without squares and sums. The weight of the scale module has shape ``[1]``. The last
-# rows show BackPACK's own extension for a linear layer with a weight of shape ``[5,
-# 4]``, because a larger parameter tells more. The network ``pixelwise`` stands for one
-# that classifies two pixels per sample: its output ``[N, C, 2]`` has the classes on
-# axis 1, and only this shape matters here.
+# rows show BackPACK's own extension for a linear layer with a weight of shape
+# ``[5, 4]``, because a larger parameter tells more. The network ``pixelwise`` stands
+# for one that classifies two pixels per sample: its output ``[N, C, 2]`` has the
+# classes on axis 1, and only this shape matters here.
 
 pixels, classes = make_data(C, 2)[0], torch.randint(C, (N, 2), device=device)
 pixelwise = nn.Sequential(nn.Linear(2, 2), ScaleModule()).to(device, torch.float64)
@@ -1755,6 +1760,7 @@ def make_adder(savefield: str) -> tuple[Callable, dict[nn.Parameter, Tensor]]:
     sums: dict[nn.Parameter, Tensor] = {}
 
     def add(module: nn.Module):
+        """Add up what was stored on the parameters of ``module``, and clear it."""
         for parameter in module.parameters(recurse=False):
             if hasattr(parameter, savefield):
                 result = getattr(parameter, savefield)

@@ -246,6 +246,7 @@ def jacobians(
     values |= replaced or {}
 
     def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the flattened output of one sample ``x``, shape ``[O]``."""
         named = dict(zip(values, parameters, strict=True))
         return torch.func.functional_call(module, named, (x.unsqueeze(0),)).flatten()
 
@@ -553,6 +554,7 @@ def make_cases(layer: Layer) -> list[Case]:
     C = unused(3, taken | {N})
 
     def case(column: str, N: int, shape: tuple[int, ...], **options: Any) -> Case:
+        """Build a case with a new module and ``N`` random samples."""
         X = torch.randn(N, *shape, dtype=torch.float64, device=device)
         return Case(column, build_module(layer), X, C, **options)
 
@@ -609,6 +611,7 @@ class Swap:
         memory = inputs[self.name].untyped_storage().data_ptr()
 
         def unpack(saved: Tensor) -> Tensor:
+            """Return what the backward pass gets for a saved tensor."""
             same = saved.untyped_storage().data_ptr() == memory
             return self.change(saved, n) if same else saved
 
@@ -616,7 +619,7 @@ class Swap:
 
 
 def neutral(tensor: Tensor) -> tuple[Tensor, str]:
-    """Return what changes nothing, as a matrix or as a factor of entries; its name."""
+    """Return what changes nothing, as a matrix or entry by entry, and its name."""
     if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]:
         return torch.eye(len(tensor)).to(tensor), "the identity"
     return torch.ones_like(tensor), "1"
@@ -884,6 +887,7 @@ def fitting_mistakes(method: Method, results: list[Result]) -> list[str]:
     predictions = [mistakes(method, result.case) for result in results]
 
     def fits(description: str) -> bool:
+        """Return whether a mistake predicts the values of all results."""
         return all(
             same_numbers(result.value, predicted[description])
             if description in predicted
@@ -1026,10 +1030,9 @@ def diagnose(layer: Layer, method: Method, results: list[Result]) -> str:
     # The new try sees no earlier layer, so it says nothing about "reused".
     if not first.case.earlier and needs_parameter_methods(layer, method, first.case):
         return "relies on the parameter methods, which are skipped if frozen"
-    for result in failing:
-        if result.cell == "raises":
-            raising = [r.cell == "raises" for r in results]
-            return f"raises{where(results, raising)}: {result.note}"
+    raising = [result.cell == "raises" for result in results]
+    if any(raising):
+        return f"raises{where(results, raising)}: {results[raising.index(True)].note}"
     for result in failing:
         if not isinstance(result.value, Tensor) or result.cell in UNRELATED_TO_NUMBERS:
             return result.note
@@ -1121,7 +1124,6 @@ class Network:
         column: Name of the setting, as a column of the table.
         net: The network, not extended; its output has shape ``[N, C]``.
         layers: The layers in it that are checked.
-        before: How many layers stand before those.
         X: Input, shape ``[N, *]``.
         loss: Class of the loss.
         subset: Samples asked for by subsampling. Default: all.
@@ -1132,7 +1134,6 @@ class Network:
     column: str
     net: nn.Sequential
     layers: list[nn.Module]
-    before: int
     X: Tensor
     loss: type[nn.Module] = nn.CrossEntropyLoss
     subset: list[int] | None = None
@@ -1149,6 +1150,7 @@ class Network:
         self.own = {}
         for path, module in self.net.named_modules():
             if any(module is layer for layer in self.layers):
+                self.place = int(path.split(".")[0])
                 for name, p in module.named_parameters(recurse=False):
                     self.own[f"{path}.{name}"] = name
                     p.requires_grad_(name not in self.frozen)
@@ -1157,7 +1159,7 @@ class Network:
         """Return which of our methods decides on a result, ``None`` if it is none."""
         if name in self.own:
             return self.own[name]
-        is_before = name == "input0" or int(name.split(".")[0]) < self.before
+        is_before = name == "input0" or int(name.split(".")[0]) < self.place
         return "backpropagate" if is_before else None
 
     @cached_property
@@ -1166,6 +1168,7 @@ class Network:
         values = {name: p.detach() for name, p in self.net.named_parameters()}
 
         def forward(X: Tensor, *parameters: Tensor) -> Tensor:
+            """Return the network's output, shape ``[N, C]``."""
             named = dict(zip(values, parameters, strict=True))
             return torch.func.functional_call(self.net, named, (X,))
 
@@ -1188,24 +1191,29 @@ def networks_for(layer: Layer, shape: tuple[int, ...], N: int, C: int) -> list[N
     module = build_module(layer)
 
     def data(size: int, *shape: int) -> Tensor:
+        """Draw ``size`` samples of a shape."""
         return torch.randn(size, *shape, dtype=torch.float64, device=device)
 
     def encoder() -> list[nn.Module]:
+        """Build layers that map ``[N, *, 3]`` to the input of the tested layer."""
         return [nn.Linear(3, shape[-1]), nn.Tanh()]
 
     def decoder() -> list[nn.Module]:
+        """Build layers that map the output of the tested layer to ``[N, C]``."""
         return [nn.Flatten(), nn.Linear(module(data(1, *shape)).numel(), C)]
 
     def network(column: str, before: list, tested: list, after: list, **options: Any):
+        """Build a network, with the tested layers side by side if there are several."""
         options = {"X": data(N, *shape[:-1], 3)} | options
         core = tested[0] if len(tested) == 1 else Parallel(*tested)
-        net = nn.Sequential(*before, core, *after)
-        return Network(column, net, tested, len(before), **options)
+        return Network(column, nn.Sequential(*before, core, *after), tested, **options)
 
     def new(count: int = 1) -> list[nn.Module]:
+        """Build new modules, each with parameters of its own."""
         return [build_module(layer) for _ in range(count)]
 
     def middle(column: str, **options: Any) -> Network:
+        """Build a network with the tested layer between others."""
         return network(column, encoder(), new(), decoder(), **options)
 
     names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -1260,6 +1268,7 @@ def loss_derivatives(network: Network, reduction: str) -> tuple[Tensor, Tensor]:
     loss = network.loss(reduction=reduction)
 
     def summed_gradient(F: Tensor) -> Tensor:
+        """Return the gradient, summed over samples, shape ``[C]``."""
         (G,) = torch.autograd.grad(loss(F, network.y), F, create_graph=True)
         return G.sum(0)
 

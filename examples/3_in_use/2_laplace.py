@@ -123,6 +123,7 @@ def train(delta: float) -> None:
     )
 
     def closure() -> Tensor:
+        """Compute the objective and its gradient, as L-BFGS asks for."""
         optimizer.zero_grad()
         theta = parameters_to_vector(network.parameters())
         loss = loss_function(network(X_train), y_train)
@@ -316,6 +317,7 @@ def jacobians_by_autodiff(X: Tensor) -> Tensor:
     parameters = {name: p.detach() for name, p in twin.named_parameters()}
 
     def logits(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Return the logits of one sample, shape ``[C]``."""
         return functional_call(twin, parameters, x.unsqueeze(0)).squeeze(0)
 
     blocks = vmap(jacrev(logits), in_dims=(None, 0))(parameters, X)
