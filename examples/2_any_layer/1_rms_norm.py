@@ -962,9 +962,9 @@ for samples in [16, 256]:
         print(f"N = {samples:<4} {type(extension).__name__:12} {name:13}  {result}")
 
 # %%
-# Autodiff pays for setting up ``vjp`` and ``vmap`` in each call. Where there is little
-# work, with few samples or with the single column of ``BatchGrad``, this weighs most.
-# With more work it weighs less, and the ratio falls.
+# Autodiff pays for setting up ``vjp`` and ``vmap`` in each call, whatever the number of
+# samples. So it loses most where there is little work. (A median says little where its
+# quartiles lie far apart: then something else kept the machine busy.)
 #
 # Autodiff makes a good first version of an extension: within its limits it is right if
 # the forward pass is. And it is the witness for the formula that you write afterwards,

@@ -141,9 +141,9 @@ class ScaleModule(nn.Module):
 # .. math::
 #     \mathrm{J}_x z_n = w I_D, \qquad \mathrm{J}_w z_n = x_n .
 #
-# All extensions together ask for five products and one fact. Here :math:`v` is a vector
-# with the shape of the layer's output, and :math:`u` one with the shape of the input or
-# the parameter.
+# For a layer that is linear in its input, all extensions together ask for five products
+# and one fact. Here :math:`v` is a vector with the shape of the layer's output, and
+# :math:`u` one with the shape of the input or the parameter.
 #
 # - ``_jac_t_mat_prod``: :math:`\mathrm{J}_x^\top v`, back through the layer;
 # - ``_weight_jac_t_mat_prod``: :math:`\mathrm{J}_w^\top v`, to the parameter;
@@ -404,7 +404,8 @@ class ScaleModuleDiagHessian(DiagHBaseModule):
 # What arrives depends on the settings of the extension. For KFAC and KFLR it is a
 # square root of the GGN with respect to the output, ``[K, N, *]``. For KFRA, and for
 # HBP with the settings that we use below, it is a matrix :math:`\bar{H}` of shape ``[D,
-# D]`` that was averaged over the batch at each layer. Then the weight gets
+# D]`` that was averaged over the batch at each layer. (It starts as the sum of the loss
+# Hessians of the samples, so it has the size of a sum.) Then the weight gets
 # :math:`\frac{1}{N} \sum_n x_n^\top \bar{H} x_n`. HBP can also ask to average the
 # Jacobian of the parameter before the product (``should_average_param_jac``); our class
 # refuses this.

@@ -1340,7 +1340,8 @@ scale = extend(ScaleModule().to(device, torch.float64))
 provoke(RuntimeError, message, lambda: scale(X).add_(1))
 
 # %%
-# **Fix:** ``inplace=False``, and ``Z = Z + 1``.
+# **Fix:** ``inplace=False``, and ``Z = Z + 1``. (For second order, the sum must be a
+# module, because a function between modules loses V, see above.)
 
 not_in_place = nn.Sequential(network[0], network[1], nn.ReLU(), network[4])
 model = run(not_in_place, make_batch_grad(), X, y)

@@ -591,7 +591,7 @@ def settings_of(method: Method, cases: list[Case]) -> list[Case]:
 # backward pass, and ``saved_tensors_hooks`` lets us change them on the way: its first
 # argument is called when a tensor is saved, its second when it is needed again. We save
 # all of them as they are (``detach`` cuts them from the graph, as PyTorch requires),
-# and know one again by its memory.
+# and recognize the tensor to be swapped by the address of its memory.
 
 
 @dataclass
@@ -1053,7 +1053,8 @@ def diagnose(layer: Layer, method: Method, results: list[Result]) -> str:
 
 
 # %%
-# One function runs all calls by hand. It finds out first whether the methods exist.
+# Before any call by hand, list the methods that should exist, and find out whether they
+# do.
 
 
 def methods_of(layer: Layer) -> list[Method]:
@@ -1450,7 +1451,7 @@ class Report:
         return "\n".join([*parts, *self.diagnosis()])
 
     def diagnosis(self) -> list[str]:
-        """Return one text for each method that failed, in lines of 86 characters."""
+        """Return the diagnoses as texts, in lines of at most 86 characters."""
         texts = [f"{row}: {text}" for row, text in self.diagnoses.items()]
         return [textwrap.fill(t, 86, subsequent_indent="    ") for t in texts]
 
@@ -1512,7 +1513,7 @@ def check(
         networks: Networks that hold the layer. Default: new ones.
 
     Returns:
-        All results, and a diagnosis for each method that failed.
+        All results, and the diagnoses of methods that failed.
     """
     if not methods_of(layer):
         raise ValueError("Nothing to check: give batch_grad, diag_ggn or both.")

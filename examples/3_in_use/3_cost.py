@@ -807,7 +807,9 @@ for i, (name, marker) in enumerate(zip(ways_over_C, "os^D", strict=True)):
     memory = [peaks[C, name] / 1e6 for C in class_counts]
     right.plot(class_counts, memory, marker, markersize=8 - i, color=f"C{i}")
 plain = [peaks[C, "plain backward"] for C in class_counts]
-limit = [(p + estimate(C)) / 1e6 for p, C in zip(plain, class_counts, strict=True)]
+limit = [
+    (base + estimate(C)) / 1e6 for base, C in zip(plain, class_counts, strict=True)
+]
 right.plot(class_counts, limit, "--", color="black", label="plain backward + b(C)")
 left.set(ylabel="time, ratio to a plain backward", title="Time over classes")
 right.set(ylabel="peak memory in MB", title="Peak memory and its estimate")
@@ -825,18 +827,20 @@ plt.show()
 # the few small tensors that the formula leaves out. (CUDA's allocator rounds each block
 # up, so there is no check on a GPU.)
 
-for p, C in zip(plain, class_counts, strict=True):
+for base, C in zip(plain, class_counts, strict=True):
     if device.type == "cpu":
         measured = float(peaks[C, "BackPACK, DiagGGNExact"])
-        torch.testing.assert_close(measured, float(p + estimate(C)), rtol=0.2, atol=0)
+        torch.testing.assert_close(
+            measured, float(base + estimate(C)), rtol=0.2, atol=0
+        )
 
 # %%
 # Three things follow.
 #
-# - **V sets the price, not p.** GGN-vector products have a price for each trained
-#   number, V has one for each class. With two trained numbers and many classes, the
-#   products win. With all parameters trained, they would need thousands of passes,
-#   while DiagGGNExact would need the same V.
+# - **V sets the price, not the number p of trained numbers.** GGN-vector products have
+#   a price for each of them, V has one for each class. With two trained numbers and
+#   many classes, the products win. With all parameters trained, they would need
+#   thousands of passes, while DiagGGNExact would need the same V.
 # - **The memory grows with the square of C** once C exceeds two thirds of the width of
 #   the hidden layers. If V doesn't fit, cut the batch: V is linear in N, and the GGN
 #   diagonals of the parts add up. Or use ``DiagGGNMC``, whose V has one column for each
@@ -1033,11 +1037,11 @@ for name in ["einsum, V first", "einsum, X first"]:
 # into old memory takes less than half of the time, the fresh memory costs more than the
 # multiplying itself.
 #
-# **Cache and fixed cost.** A loop over C touches one slice of V at a time, which fits
-# into the cache more often than V does, and so do its temporary results. So the loop is
-# not always bad: for a large V it can beat the candidates that make a tensor as large
-# as V. But it pays the fixed cost of its operations C times, which makes its large
-# number in the last column.
+# **Cache and fixed cost.** The temporary results of a loop over C are as large as one
+# slice of V. They are still in the cache when they are read again, more often than
+# those that are as large as V. So the loop is not always bad: for a large V it can beat
+# the candidates that make a tensor as large as V. But it pays the fixed cost of its
+# operations C times, which makes its large number in the last column.
 #
 # What was said about memory can be checked:
 
@@ -1075,13 +1079,13 @@ for results, loop, vectorized in [
 # -----------------
 # BackPACK, the loop over samples and ``vmap(grad)`` compute the same individual
 # gradients, for all samples and, with BackPACK, for a subset. BackPACK, with both
-# versions of ``backpropagate``, computes the GGN diagonal of GGN-vector products and of
-# the definition, and its V has the sign of the VJP. The memory meter knows the peak of
-# a known program. V has the shape ``[C, N, H]`` in the network, and on the CPU the peak
-# memory agrees with the estimate to 20 percent. At N = 256 the loop over samples takes
-# at least 4 times as long as BackPACK, at C = 1000 and D = 16 the loop over C at least
-# 4 times as long as the vectorized methods. All other times are measured and shown, not
-# checked.
+# versions of ``backpropagate``, computes the same GGN diagonal as GGN-vector products
+# and as the definition, and its V has the sign of the VJP. The memory meter knows the
+# peak of a known program. V has the shape ``[C, N, H]`` in the network, and on the CPU
+# the peak memory agrees with the estimate to 20 percent. At N = 256 the loop over
+# samples takes at least 4 times as long as BackPACK, at C = 1000 and D = 16 the loop
+# over C at least 4 times as long as the vectorized methods. All other times are
+# measured and shown, not checked.
 #
 # **Next:** You have read the site to its end. To bring your own layer, start from
 # `Check your own layer <../2_any_layer/6_check_your_layer.html>`_.
