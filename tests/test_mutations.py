@@ -17,8 +17,8 @@ NUMBERS: dict[str, Counter] = {}
 COLUMNS = {
     "methods": "Methods",
     "made": "Mutants",
-    "failed": "Failed the page",
-    "by_check": "of these, in a comparison",
+    "failed": "Noticed",
+    "by_check": "of these, by an assertion",
     "no_effect": "No effect",
 }
 

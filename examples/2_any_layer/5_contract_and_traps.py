@@ -1924,9 +1924,10 @@ right = 0.5 * diagonals["1.weight"]
 silently_wrong("factor in front of the loss", model[1].weight.diag_ggn_exact, right)
 
 # %%
-# **Cause:** V starts at the loss module, which does not see what is done with its
-# output. Gradients come from PyTorch and do carry the factor. **Fix:** for second
-# order, call ``backward`` on the loss itself and multiply the result.
+# **Cause:** V starts at the loss module, as if the gradient that arrives there were 1.
+# If it is not, BackPACK only warns. Gradients come from PyTorch and do carry the
+# factor. **Fix:** for second order, call ``backward`` on the loss itself and multiply
+# the result.
 
 torch.testing.assert_close(model[1].weight.grad_batch, 0.5 * gradients["1.weight"])
 

@@ -629,9 +629,9 @@ def neutral(tensor: Tensor) -> tuple[Tensor, str]:
 # Three mistakes are made by a swap: the output in place of the input, an input or a
 # parameter left out, a matrix not transposed. The first two are also made by other
 # values in the forward pass, and so in both passes. The diagnosis marks this way with
-# ``everywhere``. It serves layers for which autodiff saves something else than the
-# input and the parameters, such as their product. If both ways fit, one of them is
-# reported.
+# ``everywhere``. This second way serves layers for which autodiff saves neither the
+# input nor the parameters, but for example their product: there, a swap finds nothing
+# to change. If both ways fit, one of them is reported.
 
 
 @cache
@@ -791,6 +791,7 @@ def wrong_backpropagate(method: Method, case: Case) -> dict[str, Tensor]:
     if case.X.shape == case.Z.shape:
         X, Z = case.X.reshape(N, -1), case.Z.reshape(N, -1)
         wrong["multiplies with module.input0, not the Jacobian"] = V * X
+        # For a layer f(X) * X, the factor f(X) is Z / X.
         text = "treats a factor that depends on the input as a constant"
         wrong[text] = V * (Z / X)
     for name in [name for name in case.J if name != "input0"]:
@@ -871,7 +872,7 @@ def mistakes(method: Method, case: Case) -> dict[str, Tensor]:
 # setting with N = 1 must be right. (Where a mistake cannot be computed, the method must
 # be right.) If two mistakes cannot be told apart for this layer, both are named, but
 # variants of one mistake, which differ in the text in parentheses only, once. If none
-# fits, the diagnosis is "unknown", with the numbers.
+# fits, nor any of the patterns below, the diagnosis is "unknown", with the numbers.
 
 
 def same_numbers(actual: Tensor, predicted: Tensor) -> bool:
@@ -1077,6 +1078,7 @@ def problem_with(layer: Layer, method: Method) -> tuple[str, str] | None:
     except Exception as error:
         return "raises", f"cannot be built: {type(error).__name__}: {error}"
     found = getattr(extension, method.name, None)
+    # BackPACK's base class has a backpropagate, which sends nothing on.
     inherited = getattr(ModuleExtension, method.name, None)
     if found is None or (inherited and getattr(found, "__func__", None) is inherited):
         return "missing", f"the method {method.name} is missing"
@@ -1430,7 +1432,8 @@ def check_networks(
 # The report
 # ----------
 # Results with the same row and column are one cell of the table: ``ok``, or the first
-# that failed. A dot stands for a setting that a method cannot meet.
+# that failed. A dot says that there is no result: the method cannot meet this setting,
+# or another method raised an error in it.
 
 
 @dataclass
@@ -1482,7 +1485,8 @@ def cells_of(results: list[Result]) -> tuple[list[str], list[str], dict]:
 def format_table(results: list[Result]) -> str:
     """Write the cells as a table, under a heading for each extension."""
     rows, columns, cells = cells_of(results)
-    width = max((len(row.split(".")[1]) for row in rows), default=0) + 2
+    parts = [part for row in rows for part in row.split(".")]
+    width = max(map(len, parts), default=0) + 2
     cell_width = max(len(text) for text in [*columns, *cells.values(), ""]) + 1
     lines, kind = [], ""
     for row in rows:
@@ -1554,7 +1558,7 @@ def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
 # This runs all checks of ``MY_LAYER`` and prints the report. A cell says ``ok``, or the
 # relative distance from the right answer, or what is wrong in one word: ``shape``,
 # ``raises``, ``missing``, ``None`` and so on. Dots are settings that a method cannot
-# meet.
+# meet (or in which another method raised an error).
 #
 # The settings by hand: shapes of the input, a ``subset`` of the samples, the layer in
 # first place, an extension that is ``reused`` for a second layer. In networks: the

@@ -592,6 +592,7 @@ def peak_memory(way: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
 
     activities = [ProfilerActivity.CPU]
+    # One thread: with several, some operations take a small buffer for each.
     with one_thread(), profile(activities=activities, profile_memory=True) as profiler:
         way()
     with tempfile.TemporaryDirectory() as folder:
