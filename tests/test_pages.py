@@ -21,7 +21,7 @@ SEED = "torch.manual_seed(0)"
 SEEDS = range(1, 1 + int(os.environ.get("SEEDS", 3)))  # twenty every week
 # float64 becomes float32, and checks get this tolerance.
 FLOAT32 = {"rtol": 1e-3, "atol": 1e-5}
-# From here on the page tells mistakes apart that differ by less than single precision.
+# From here on a diagnosis must fit within 1e-8, which single precision can't reach.
 NEEDS_FLOAT64 = {"2_any_layer/6_check_your_layer": "# A gallery of wrong extensions"}
 
 # Lines with measured times, which differ from run to run.

@@ -405,10 +405,10 @@ class ScaleModuleDiagHessian(DiagHBaseModule):
 # square root of the GGN with respect to the output, ``[K, N, *]``. For KFRA, and for
 # HBP with the settings that we use below, it is a matrix :math:`\bar{H}` of shape ``[D,
 # D]`` that was averaged over the batch at each layer. (It starts as the sum of the loss
-# Hessians of the samples, so its entries grow with N, as those of a sum do.) Then the
-# weight gets :math:`\frac{1}{N} \sum_n x_n^\top \bar{H} x_n`. HBP can also ask to
-# average the Jacobian of the parameter before the product
-# (``should_average_param_jac``); our class refuses this.
+# Hessians of the samples, and the averages keep this scale. So :math:`\bar{H} / N`
+# stands for one sample.) Then the weight gets :math:`\frac{1}{N} \sum_n x_n^\top
+# \bar{H} x_n`. HBP can also ask to average the Jacobian of the parameter before the
+# product (``should_average_param_jac``); our class refuses this.
 
 
 class ScaleModuleHBP(HBPBaseModule):
@@ -1197,11 +1197,12 @@ check(KFRA, lambda case, name: averaged_blocks(case, with_residual=False)[name])
 check(HBP, lambda case, name: averaged_blocks(case, with_residual=True)[name])
 
 # %%
-# These are approximations: in the sum of :math:`\mathrm{J}_n^\top H_n \, \mathrm{J}_n`
-# over the samples, the average over the batch takes the place of each sample's own
-# :math:`H_n`, its GGN (for HBP: Hessian) with respect to the layer's output. We look at
-# how far KFRA is from the GGN. With one sample there is nothing to average, and both
-# are exact: KFRA is the GGN, and HBP the Hessian.
+# These are approximations. The exact block is the sum of :math:`\mathrm{J}_n^\top H_n
+# \, \mathrm{J}_n` over the samples, where :math:`H_n` is the GGN (for HBP: the Hessian)
+# with respect to the layer's output at sample n. Here, one matrix for all samples,
+# :math:`\bar{H} / N`, takes the place of each :math:`H_n`. We look at how far KFRA is
+# from the GGN. With one sample there is nothing to average, and both are exact: KFRA is
+# the GGN, and HBP the Hessian.
 
 kfra = run(cases[0], make_extension(KFRA))["1.weight"][0]
 ggn = cases[0].witness["1.weight"].ggn.sum(0)

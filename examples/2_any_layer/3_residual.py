@@ -234,7 +234,7 @@ plt.show()
 
 
 class ReZero(Parallel):
-    """Residual block ``x + alpha * inner(x)`` (Bachlechner et al., 2020)."""
+    """Residual block ``x + alpha * inner(x)`` (Bachlechner et al., 2021)."""
 
     def __init__(
         self, inner: nn.Module, alpha: float = 0.0, identity_first: bool = True
@@ -687,7 +687,7 @@ plt.show()
 # **Next:** `A custom loss <4_custom_loss.html>`_: where V begins.
 #
 # ReZero: T. Bachlechner, B. P. Majumder, H. H. Mao, G. W. Cottrell, J. McAuley, "ReZero
-# is All You Need: Fast Convergence at Large Depth", 2020, `arXiv:2003.04887
+# is All You Need: Fast Convergence at Large Depth", UAI 2021, `arXiv:2003.04887
 # <https://arxiv.org/abs/2003.04887>`_. BackPACK: F. Dangel, F. Kunstner, P. Hennig,
 # "BackPACK: Packing more into Backprop", ICLR 2020, `arXiv:1912.10985
 # <https://arxiv.org/abs/1912.10985>`_.
