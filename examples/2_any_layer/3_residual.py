@@ -273,10 +273,11 @@ print(f"same address: {nn.Identity()(A).data_ptr() == A.data_ptr()}")
 # We can look at V at the fork. The block is the whole network here, and its input
 # requires a gradient, so that BackPACK computes a V for it, which stays in the
 # extension after the pass. It must be :math:`(\mathrm{J}_x z)^\top S`. For S we take
-# the formula for cross-entropy, :math:`S = \mathrm{diag}(\sqrt{\pi}) - \pi
-# \sqrt{\pi}^\top`, with the softmax :math:`\pi` of the outputs. The block has D
-# outputs, so V has D columns here. The labels are all zero: the Hessian of
-# cross-entropy does not depend on the label. This compares V itself, with its sign.
+# the square root with which BackPACK starts for cross-entropy, :math:`S =
+# \mathrm{diag}(\sqrt{\pi}) - \pi \sqrt{\pi}^\top`, with the softmax :math:`\pi` of the
+# outputs. The block has D outputs, so V has D columns here. The labels are all zero:
+# the Hessian of cross-entropy does not depend on the label. This compares V itself,
+# with its sign.
 
 
 def make_inner() -> nn.Sequential:

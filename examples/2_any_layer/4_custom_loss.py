@@ -2,8 +2,8 @@ r"""
 A custom loss
 =============
 
-After this page you can use BackPACK's second-order extensions with a loss that BackPACK
-does not know, given that the loss is convex in the network's output.
+After this page you can compute GGN diagonals for a loss that BackPACK does not know,
+given that the loss is convex in the network's output.
 
 We will:
 
@@ -65,7 +65,7 @@ class PseudoHuberLoss(_Loss):
     """Pseudo-Huber loss of the distance between output and target."""
 
     def __init__(self, delta: float = 1.0, reduction: str = "mean"):
-        """Store the parameters of the loss.
+        """Store the settings of the loss.
 
         Args:
             delta: Distance at which the loss turns from quadratic to linear.
@@ -299,7 +299,7 @@ plt.show()
 # -------------
 # The loss is the first module that the backward pass reaches. Nothing has been
 # backpropagated yet, so ``V_out`` is ``None``, and ``backpropagate`` returns S. The
-# loss has no parameters, so the class needs no other method, and no ``__init__``.
+# loss has no ``nn.Parameter``, so the class needs no other method, and no ``__init__``.
 # Output and target are the two inputs of the loss module: ``module.input0`` and
 # ``module.input1``.
 #
@@ -479,8 +479,8 @@ for place in ["first", "middle", "last"]:
         print(f"{place:>6}  {reduction:>4}: all parameters agree")
 
 # %%
-# Squares hide a sign. S was compared with its sign above, and what the scale module
-# makes of V is compared here:
+# Squares hide a sign. What the scale module makes of V is therefore compared by itself,
+# sign included, as S was above:
 
 layer = extend(ScaleModule(2.0).to(device, torch.float64))
 layer(X)
@@ -634,8 +634,8 @@ torch.testing.assert_close(S_weighted, rearrange(expected, "n c k -> k n c"))
 # sample's loss, a small ``[C, C]`` matrix, and take its principal root. This costs
 # more. It works for any convex loss of two inputs that treats samples separately. With
 # ``"mean"``, the loss of a batch must be the mean of the losses of its samples, each
-# taken as a batch of one. ``module.forward`` goes around BackPACK's hooks, which would
-# overwrite the stored inputs.
+# taken as a batch of one. ``module.forward`` goes around BackPACK's hooks, because
+# ``torch.func`` cannot run through them.
 #
 # Rounding can turn an eigenvalue of zero into a small negative number. So the class
 # accepts, in each sample, negative eigenvalues up to ``1e-6`` of the largest, and sets
@@ -809,9 +809,10 @@ print(f"{'Jacobian and Hessian':20} {numbers}")
 # %%
 # The true :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` has a negative entry, which
 # no sum of squares can be. With NaN nothing is left. With zero in place of the negative
-# eigenvalue we get the other entries right here, and the diagonal of another matrix:
-# one with a Hessian that is cut down to its convex part. You may have use for that, but
-# then say so; it is not this loss's :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
+# eigenvalue the other entries happen to be right, but the result is the diagonal of
+# another matrix, in which the Hessian :math:`\mathrm{H}` is replaced by its convex
+# part. You may have use for that, but then say so; it is not this loss's
+# :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
 #
 # The numbers follow from the formula, with :math:`s^2 = 10` and the scale weight
 # :math:`w = 2`: along the residual :math:`w^2 (2 - s^2) / s^4`, which the clamp makes
@@ -826,11 +827,11 @@ torch.testing.assert_close(by_backpack["2.bias"], expected.clamp(0))
 # %%
 # What was verified
 # -----------------
-# Hessian, eigenvalues and S of the pseudo-Huber loss agree with autodiff, for ``mean``
-# and ``sum`` and at residual zero. The GGN diagonal of all parameters agrees with
-# :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` in float64, at the default tolerance
-# of ``torch.testing.assert_close``, with the scale module first, in the middle and
-# last; so it does with weights for the samples, and with S by automatic
+# Hessian and eigenvalues of the pseudo-Huber loss agree with autodiff, also at residual
+# zero, and so does S, for ``mean`` and ``sum``. The GGN diagonal of all parameters
+# agrees with :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` in float64, at the
+# default tolerance of ``torch.testing.assert_close``, with the scale module first, in
+# the middle and last; so it does with weights for the samples, and with S by automatic
 # differentiation, also for ``nn.PoissonNLLLoss``. S and the scale module's V were
 # compared with their signs. A Cholesky factor serves as well as S, and with swapped
 # axes it fails. ``BatchGrad`` needs no extension for the loss. A loss that is not a

@@ -191,8 +191,8 @@ MY_LAYER = Layer(
 #   of the module needs a method in each extension. If you have one extension only,
 #   leave out the line of the other.
 # - Let features in and out differ if your layer can do that: ``make_module=lambda:
-#   MyLayer(4, 3)``. Check also one with equal numbers: there, a missing transpose gives
-#   wrong numbers instead of an error, and those can be named.
+#   MyLayer(4, 3)``. Then run the script again with equal numbers: there, a missing
+#   transpose gives wrong numbers instead of an error, and those can be named.
 # - The forward pass must not be random. Switch dropout off: ``make_module=lambda:
 #   MyLayer().eval()``.
 # - Images work too: ``sample_shapes=[(2, 5, 6)]`` is a batch of ``[N, 2, 5, 6]``.
@@ -626,12 +626,13 @@ def neutral(tensor: Tensor) -> tuple[Tensor, str]:
 
 
 # %%
-# Three mistakes are made by a swap: the output in place of the input, an input or a
-# parameter left out, a matrix not transposed. The first two are also made by other
-# values in the forward pass, and so in both passes. The diagnosis marks this way with
-# ``everywhere``. This second way serves layers for which autodiff saves neither the
-# input nor the parameters, but for example their product: there, a swap finds nothing
-# to change. If both ways fit, one of them is reported.
+# We imitate three mistakes by a swap: the output in place of the input, an input or a
+# parameter left out, a matrix not transposed. We imitate the first two in a second way:
+# we replace the input or the parameter before the forward pass, so both passes see the
+# wrong value. The diagnosis marks this way with ``everywhere``. This second way serves
+# layers for which autodiff saves neither the input nor the parameters, but for example
+# their product: there, a swap finds nothing to change. If both ways fit, one of them is
+# reported.
 
 
 @cache
@@ -1567,9 +1568,10 @@ def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
 # ``subset``; one sample; and ``frozen`` parameters. ``mean`` and ``sum`` are the loss's
 # reductions. A row ``backpropagate`` compares the GGN diagonal of the layers before
 # ours, and of the input if it requires a gradient. A cell may stand for several
-# comparisons: one for each shape of a sample (by hand in ``subset``, in all networks),
-# for each of the copies, for each choice of frozen parameters, and for each parameter
-# before the layer. So there are more checks than cells.
+# comparisons: one for each shape of a sample (by hand only in the column ``subset``, in
+# networks in every column), for each of the copies, for each choice of frozen
+# parameters, and for each parameter before the layer. So there are more checks than
+# cells.
 
 report = check(MY_LAYER)
 print(report)

@@ -166,8 +166,8 @@ for name, X in [("test data", X_test), ("radius 10", ring(10.0))]:
     print(f"{name}: mean confidence {confidence:.3f}, mean largest logit {largest:.1f}")
 
 # %%
-# It is more sure far away than near the data. The logits grow with the distance, and
-# large logits mean probabilities near one.
+# It is more sure far away than near the data. The logits, and the gaps between them,
+# grow with the distance, and a large gap means a probability near one.
 #
 # The Laplace approximation
 # -------------------------
@@ -339,7 +339,7 @@ torch.testing.assert_close(h, full_ggn(X_train).diag())
 
 scale = network[2]
 X = torch.randn(5, H, dtype=torch.float64, device=device)
-scale(X)  # so that it holds an input, as in a backward pass
+scale(X)  # as in a network, where a forward pass comes first
 V_out = torch.randn(C, 5, H, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
@@ -397,8 +397,9 @@ torch.testing.assert_close(ignored, h)
 # So far :math:`\delta = 1` is arbitrary. The **marginal likelihood** (or evidence)
 # :math:`p(\mathcal{D} \mid \delta) = \int p(\mathcal{D} \mid \theta) \, p(\theta \mid
 # \delta) \, d\theta` says how well a prior explains the training labels, without any
-# held-out data. Under the Laplace approximation the integrand is a Gaussian bump: its
-# height is the joint density at :math:`\theta_*`, its volume comes from a determinant.
+# held-out data. Under the Laplace approximation the integrand is a Gaussian bump. The
+# integral is its height, the joint density at :math:`\theta_*`, times the volume of a
+# bump of height 1, :math:`(2 \pi)^{p/2} \det(\operatorname{diag}(h + \delta))^{-1/2}`.
 # For a diagonal, the determinant is a product. The powers of :math:`2 \pi` from prior
 # and volume cancel, and
 #
@@ -575,7 +576,7 @@ def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
 # One backward pass for each of the C logits. We add the logit up over the batch, so
 # that there is a scalar to call ``backward`` on; ``BatchGrad`` keeps the samples apart.
 # There is no loss, and so no factor 1/N. (``BatchGrad`` needs no loss module; only V
-# must begin at one.)
+# must begin at a loss module.)
 
 
 def jacobians(X: Tensor, subsampling: list[int] | None = None) -> Tensor:
@@ -790,10 +791,10 @@ torch.testing.assert_close(max(laplace_nll - sampled_nll, 0.0), 0.0)
 # hold.
 #
 # The left panel follows the mean confidence from the center outward. With the full GGN
-# it falls from where the data end. With the diagonal there is no such fall: it is lower
-# than for the plain network at all distances. The right panel has the colors of the
-# figure above. Away from the data, the network is less sure than with the diagonal,
-# over much of the plane.
+# it falls from where the data end. With the diagonal it does not fall in this way,
+# although it is lower than the plain network's at all distances. The right panel has
+# the colors of the figure above. Away from the data, the network is less sure than with
+# the diagonal, over much of the plane.
 
 radii = torch.linspace(0.2, 12, 30).tolist()
 rings = torch.cat([ring(radius) for radius in radii])
@@ -850,11 +851,12 @@ ax.legend()
 plt.show()
 
 # %%
-# So take the diagonal for what it is. It costs one backward pass and p numbers, it
-# lowers the confidence far away, and its evidence gives a prior without a validation
-# set. It does not tell well where the data are, and its evidence is too low. If
-# you can afford more, keep more of the matrix: a Kronecker factor for each layer, or
-# the full GGN of the last layer alone.
+# So take the diagonal for what it is. The posterior costs one backward pass and p
+# numbers (predictions take C more passes for each batch), it lowers the confidence far
+# away, and its evidence gives a prior without a validation set. It does not tell well
+# where the data are, and its evidence is too low. If you can afford more, keep more of
+# the matrix: a Kronecker factor for each layer, or the full GGN of the last layer
+# alone.
 #
 # What was verified
 # -----------------
