@@ -691,7 +691,7 @@ for loss_class, targets in {PseudoHuberLoss: Y, nn.PoissonNLLLoss: counts}.items
 # Without convexity
 # -----------------
 # The **Cauchy loss** goes one step further in robustness: far from the target the force
-# fades to nothing. Its Hessian, derived as above, is
+# fades to nothing. The loss and its Hessian, derived as above, are
 #
 # .. math::
 #     \ell(f) = \delta^2 \log s , \qquad
@@ -810,8 +810,8 @@ print(f"{'Jacobian and Hessian':20} {numbers}")
 # The true :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` has a negative entry, which
 # no sum of squares can be. With NaN nothing is left. With zero in place of the negative
 # eigenvalue the other entries happen to be right, but the result is the diagonal of
-# another matrix, in which the Hessian :math:`\mathrm{H}` is replaced by its convex
-# part. You may have use for that, but then say so; it is not this loss's
+# another matrix, in which the Hessian :math:`\mathrm{H}` is replaced by its positive
+# semidefinite part. You may have use for that, but then say so; it is not this loss's
 # :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
 #
 # The numbers follow from the formula, with :math:`s^2 = 10` and the scale weight

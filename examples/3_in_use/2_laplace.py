@@ -580,7 +580,7 @@ def make_batch_grad(subsampling: list[int] | None = None) -> BatchGrad:
 
 
 def jacobians(X: Tensor, subsampling: list[int] | None = None) -> Tensor:
-    """Return the Jacobian of the logits for each sample, shape ``[N, C, p]``.
+    """Return the Jacobian of the logits for the S samples asked for, ``[S, C, p]``.
 
     Args:
         X: Inputs, shape ``[N, D]``.
@@ -790,11 +790,11 @@ torch.testing.assert_close(max(laplace_nll - sampled_nll, 0.0), 0.0)
 # it is, predicts the test labels worse. It reaches to where the linearization does not
 # hold.
 #
-# The left panel follows the mean confidence from the center outward. With the full GGN
-# it falls from where the data end. With the diagonal it does not fall in this way,
-# although it is lower than the plain network's at all distances. The right panel has
-# the colors of the figure above. Away from the data, the network is less sure than with
-# the diagonal, over much of the plane.
+# In the next figure, the left panel follows the mean confidence from the center
+# outward. With the full GGN it falls from where the data end. With the diagonal it does
+# not fall in this way, although it is lower than the plain network's at all distances.
+# The right panel shows the full GGN, in the colors of the figure above. Away from the
+# data, the network is less sure with it than with the diagonal, over much of the plane.
 
 radii = torch.linspace(0.2, 12, 30).tolist()
 rings = torch.cat([ring(radius) for radius in radii])
@@ -855,7 +855,7 @@ plt.show()
 # numbers (predictions take C more passes for each batch), it lowers the confidence far
 # away, and its evidence gives a prior without a validation set. It does not tell well
 # where the data are, and its evidence is too low. If you can afford more, keep more of
-# the matrix: a Kronecker factor for each layer, or the full GGN of the last layer
+# the matrix: a Kronecker product for each layer, or the full GGN of the last layer
 # alone.
 #
 # What was verified
