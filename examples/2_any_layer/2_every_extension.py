@@ -255,8 +255,9 @@ for shape in shapes:
     print(f"J_x and its transpose agree for {list(mat.shape)}")
 
 # %%
-# The two products with :math:`\mathrm{J}_w`, for all samples and for a subset in an
-# order of its own. The witness takes one VJP for each vector and each sample.
+# The two products with :math:`\mathrm{J}_w`, the transposed one for all samples and for
+# a subset in an order of its own. Its witness takes one VJP for each vector and each
+# sample.
 
 
 def weight_vjp(w: Tensor, x: Tensor, v: Tensor) -> Tensor:
@@ -1373,7 +1374,8 @@ for extension_class in build_module_extension:
 # What was verified
 # -----------------
 # Each method of the derivatives class agrees with ``torch.func``, for ``[N, D]`` and
-# ``[N, T, D]``, K vectors at once, with and without the sum over the batch, and for a
+# ``[N, T, D]``: the products with one Jacobian for K vectors at once, the one with
+# :math:`\mathrm{J}_w^\top` also with and without the sum over the batch, and for a
 # subset. All 19 extensions agree with autodiff in float64, at the default tolerance of
 # ``torch.testing.assert_close``, for ``mean`` and ``sum`` and with the layer first and
 # in the middle; ``PCHMP`` only with ``ReLU``; ``KFRA`` and ``HBP`` with a witness that
