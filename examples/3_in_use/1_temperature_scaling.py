@@ -336,7 +336,7 @@ for value in [-1.0, 0.1, 0.5, 1.0]:
 # which also sees a wrong sign:
 
 scale = make_scale(0.3)
-scale(Z_val[:6])  # so that it holds an input, as in a backward pass
+scale(Z_val[:6])  # as in a network, where a forward pass comes first
 V_out = torch.randn(C, 6, C, dtype=torch.float64, device=device)
 V_in = ScaleModuleDiagGGNExact().backpropagate(None, scale, None, None, V_out)
 
@@ -540,7 +540,7 @@ left.plot(grid.cpu(), parabola.cpu(), "--", color="C1", label="parabola at $w = 
 visited = torch.tensor(newton_path, dtype=torch.float64, device=device)
 visited_losses = vmap(validation_loss)(visited).cpu()
 left.plot(newton_path, visited_losses, "o", color="C2", label="visited by Newton")
-left.set_ylim(0, 1.3 * losses[0])
+left.set_ylim(0, 1.3 * loss)
 left.set_xlabel("inverse temperature $w$")
 left.set_ylabel("validation loss")
 left.set_title("Why the first step must be damped")
@@ -708,10 +708,10 @@ if visited != ["CrossEntropyLoss", "ScaleModule"]:
 
 # %%
 # With the network frozen, BackPACK stops at the scale module, and V never has the shape
-# of a hidden layer. The forward pass through the network remains. As we computed the
-# logits once, it is gone too. We time one evaluation of loss, gradient and curvature in
-# three ways, taking turns, and print medians as multiples of the last. (They depend on
-# the machine.)
+# of a hidden layer. The forward pass through the network remains. In the fit above it
+# is gone, too, as we computed the logits once. We time one evaluation of loss, gradient
+# and curvature in three ways, taking turns, and print medians as multiples of the last.
+# (They depend on the machine.)
 
 
 def evaluate(module: nn.Module, inputs: Tensor) -> None:
