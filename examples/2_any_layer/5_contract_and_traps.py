@@ -496,7 +496,7 @@ def record_batch_grad(subsampling: list[int] | None = None) -> BackpropExtension
 
 
 def record_ggn(extension: BackpropExtension) -> BackpropExtension:
-    """Record the scale module and the loss in a ``DiagGGN`` extension."""
+    """Record the scale module, and BackPACK's own extension for the loss."""
     methods = ["weight", "backpropagate"]
     record(extension, ScaleModule, ScaleModuleDiagGGNExact(), methods)
     loss_extension = DiagGGNCrossEntropyLoss()
@@ -1120,7 +1120,7 @@ torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"]
 # AttributeError: ``'Parameter' object has no attribute 'grad_batch'``
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 # **What you see** comes after ``backward``, when you read a result that was never
-# stored. The attribute may have another name, like ``diag_ggn_exact``.
+# stored. Each extension has its own name for the attribute.
 #
 # **Cause 1:** nothing is registered for the layer, and ``BatchGrad`` has only warned.
 # ``unsupported`` is the network that `the warning
@@ -1188,6 +1188,20 @@ provoke(AttributeError, message, lambda: model[1].weight.grad_batch)
 for name, parameter in model.named_parameters():
     if parameter.requires_grad:
         torch.testing.assert_close(parameter.grad_batch, gradients[name])
+
+# %%
+# **Cause 6:** the extension that stores this attribute was not in the context.
+# **Fix:** name all extensions that you need: ``backpack(BatchGrad(), DiagGGNExact())``.
+
+model = run(network, make_batch_grad(), X, y)
+message = "'Parameter' object has no attribute 'diag_ggn_exact'"
+provoke(AttributeError, message, lambda: model[1].weight.diag_ggn_exact)
+
+model = extend(deepcopy(network))
+with backpack(make_batch_grad(), make_diag_ggn()):
+    extended_loss(model(X), y).backward()
+torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
+torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"])
 
 # %%
 # AttributeError: ``object has no attribute 'output'``
@@ -1989,7 +2003,7 @@ class WrongSumFirst(ScaleModuleDiagGGNExact):
     """Wrong on purpose: sums over samples before the square."""
 
     def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
-        """Return the squares of the sum over samples, shape ``[1]``."""
+        """Return the sum over columns of squared sums over samples, shape ``[1]``."""
         V_w = einsum(V_out, module.input0, "c n ..., n ... -> c")
         return V_w.square().sum().unsqueeze(0)
 

@@ -911,7 +911,7 @@ def fitting_mistakes(method: Method, results: list[Result]) -> list[str]:
 
 
 def parameter_factor(method: Method, results: list[Result]) -> str | None:
-    """Name a parameter that is a factor too much or missing, entry by entry."""
+    """Name a parameter that is missing as a factor, or is a factor too many."""
     for name, _ in results[0].case.module.named_parameters(recurse=False):
         missing, too_much = [], []
         for result in results:
@@ -1018,8 +1018,8 @@ def needs_parameter_methods(layer: Layer, method: Method, case: Case) -> bool:
 # %%
 # All together: what a reader of the report sees for a method that fails. What relies on
 # the parameter methods comes first, then errors, then results of a wrong type or with
-# changed arguments, then right numbers in a wrong shape. Only after that the mistakes
-# are tried.
+# changed arguments, then right numbers in a wrong shape. Only after that are the
+# mistakes tried.
 
 
 UNRELATED_TO_NUMBERS = ("dtype", "device", "alters")
@@ -1126,7 +1126,8 @@ class Network:
 
     Args:
         column: Name of the setting, as a column of the table.
-        net: The network, not extended; its output has shape ``[N, C]``.
+        net: The network, not extended. Its output has shape ``[N, C]``; if the layer
+            is last, C is the number of entries of the layer's output for one sample.
         layers: The layers in it that are checked.
         X: Input, shape ``[N, *]``.
         loss: Class of the loss.
@@ -1733,7 +1734,7 @@ class WrongFactor(ScaledLinearBatchGrad):
     """Wrong on purpose: takes back the 1/N of a loss with reduction "mean"."""
 
     def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
-        """Return N times too large numbers."""
+        """Return numbers that are N times too large."""
         return len(g_out[0]) * super().weight(ext, module, g_inp, g_out, bp)
 
 
