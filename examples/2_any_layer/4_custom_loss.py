@@ -366,11 +366,13 @@ def make_diag_ggn(
 # The module extension can be called by hand, after a forward pass of the extended loss.
 # In :math:`S S^\top` the sum runs over the columns, the first axis. To compare S
 # itself, and not only its square, we use that ours is the *principal* root: symmetric,
-# with positive eigenvalues. There is one such root, and an eigendecomposition finds it.
+# without negative eigenvalues. There is one such root, and an eigendecomposition finds
+# it. (For the GGN, another root, such as :math:`-S`, would do as well, see below. Ours
+# must be this one, so that is what we check.)
 
 
 def principal_root(H: Tensor) -> Tensor:
-    """Return the symmetric, positive root of each matrix, shape ``[N, C, C]``."""
+    """Return the symmetric root without negative eigenvalues, ``[N, C, C]``."""
     eigenvalues, U = torch.linalg.eigh(H)
     return einsum(U, eigenvalues.sqrt(), U, "n i k, n k, n j k -> n i j")
 
@@ -546,17 +548,15 @@ else:
 # Why the base class matters
 # --------------------------
 # BackPACK lets only subclasses of ``_Loss`` start without a V. Any other module raises
-# an error. This loss is the same, but it is not a ``_Loss``.
+# an error. This loss takes all that it has from ours, but it is not a ``_Loss``.
 
 
 class WrongBaseLoss(nn.Module):
     """Wrong on purpose: a pseudo-Huber loss that does not inherit from ``_Loss``."""
 
-    reduction = "mean"
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss, a scalar, for two tensors of shape ``[N, C]``."""
-        return PseudoHuberLoss(delta, self.reduction).forward(output, target)
+    reduction, delta = "mean", delta
+    compute_s, reduce = PseudoHuberLoss.compute_s, PseudoHuberLoss.reduce
+    forward = PseudoHuberLoss.forward
 
 
 try:
@@ -657,7 +657,7 @@ class ConvexLossDiagGGNExact(ModuleExtension):
             return module.forward(output.unsqueeze(0), target.unsqueeze(0))
 
         hessians = vmap(jacrev(jacrev(loss_of_sample)))
-        H = hessians(module.input0.detach(), module.input1)
+        H = hessians(module.input0, module.input1)
         H = H / len(H) if module.reduction == "mean" else H
         eigenvalues, U = torch.linalg.eigh(H)
         if (eigenvalues[:, 0] < -1e-6 * eigenvalues.abs().amax(-1)).any():
@@ -774,7 +774,7 @@ class WrongRootOfNegative(ModuleExtension):
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out: None) -> Tensor:
         """Return a root of the Hessian with NaN in it, shape ``[C, N, C]``."""
-        H = vmap(jacrev(jacrev(module.forward)))(module.input0.detach(), module.input1)
+        H = vmap(jacrev(jacrev(module.forward)))(module.input0, module.input1)
         eigenvalues, U = torch.linalg.eigh(H / len(H))
         return einsum(
             U, self.square_roots(eigenvalues), U, "n i k, n k, n j k -> j n i"
