@@ -1198,12 +1198,14 @@ check(KFRA, lambda case, name: averaged_blocks(case, with_residual=False)[name])
 check(HBP, lambda case, name: averaged_blocks(case, with_residual=True)[name])
 
 # %%
-# These are approximations. The exact block is the sum of :math:`\mathrm{J}_n^\top H_n
-# \, \mathrm{J}_n` over the samples, where :math:`H_n` is the GGN (for HBP: the Hessian)
-# with respect to the layer's output at sample n. Here, one matrix for all samples,
-# :math:`\bar{H} / N`, takes the place of each :math:`H_n`. We look at how far KFRA is
-# from the GGN. With one sample there is nothing to average, and both are exact: KFRA is
-# the GGN, and HBP the Hessian.
+# These are approximations. The exact block of a parameter is the sum of
+# :math:`\mathrm{J}_n^\top H_n \, \mathrm{J}_n` over the samples. Here
+# :math:`\mathrm{J}_n` is the Jacobian of the layer's output with respect to the
+# parameter, and :math:`H_n` is the GGN (for HBP: the Hessian) with respect to this
+# output, both at sample n. The two extensions put one matrix for all samples,
+# :math:`\bar{H} / N`, in the place of each :math:`H_n`. We look at how far KFRA is from
+# the GGN. With one sample there is nothing to average, and both are exact: KFRA is the
+# GGN, and HBP the Hessian.
 
 kfra = run(cases[0], make_extension(KFRA))["1.weight"][0]
 ggn = cases[0].witness["1.weight"].ggn.sum(0)
@@ -1315,10 +1317,11 @@ print(message_of(AssertionError, lambda: run(case, make_extension(HBP))))
 
 # %%
 # **HBP with averaged Jacobians** (``CHEN``): BackPACK's linear layer fails, by a
-# mistake of its own. With this layer frozen, ours is reached, and refuses.
+# mistake of its own. With the only linear layer of this network frozen, ours is
+# reached, and refuses.
 
 chen = {"ea_strategy": ExpectationApproximation.CHEN}
-print(message_of(TypeError, lambda: run(cases[0], make_extension(HBP, **chen))))
+print(message_of(TypeError, lambda: run(cases[2], make_extension(HBP, **chen))))
 
 model = copy.deepcopy(cases[2].model)
 model[-1].requires_grad_(False)
