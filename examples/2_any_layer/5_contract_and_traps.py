@@ -399,7 +399,8 @@ def ggn_diagonals(
 
 # %%
 # Are the two extensions right? Every parameter of the network is compared, for
-# ``[N, D]`` and ``[N, T, D]``, and also for a subset of the samples in another order.
+# ``[N, D]`` and ``[N, T, D]``, ``BatchGrad`` also for a subset of the samples in
+# another order.
 
 subset = [4, 0, 2]
 
@@ -917,9 +918,11 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # - ``gradients`` and ``diagonals`` hold the right numbers for ``network``;
 #   ``individual_gradients`` and ``ggn_diagonals`` compute them for other networks.
 #   ``provoke`` runs what must fail and prints its message; ``silently_wrong`` prints a
-#   wrong result above the right one.
+#   wrong result above the right one; ``expect`` raises if its two arguments differ.
 # - ``linears`` is a network without a scale module, ``frozen`` a copy of ``network`` in
-#   which the scale weight is frozen. ``subset`` is ``[4, 0, 2]``.
+#   which the scale weight is frozen. ``subset`` is ``[4, 0, 2]``. ``X_other`` and
+#   ``y_other`` are a second batch. ``harmless`` is a part of the warning that
+#   ``provoke`` does not show.
 # - V is what second-order extensions send from layer to layer.
 #
 # NotImplementedError: ``does not have an extension for Module``
