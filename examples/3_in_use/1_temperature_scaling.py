@@ -42,10 +42,10 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # A classifier that is too sure
 # -----------------------------
 # Our data come from C = 4 overlapping bell curves in D = 8 dimensions. We draw three
-# sets: 300 samples to train the network, 500 to fit the temperature (the validation
-# set), and 5000 to judge the result (the test set). The temperature must not be fitted
-# on the training set: there, the network is right nearly always, and being sure looks
-# justified.
+# sets: 300 samples to train the network, 500 to fit our one number, the temperature
+# (the validation set), and 5000 to judge the result (the test set). The temperature
+# must not be fitted on the training set: there, the network is right nearly always, and
+# being sure looks justified.
 
 D, C = 8, 4
 centers = 0.9 * torch.randn(C, D, dtype=torch.float64, device=device)
@@ -98,10 +98,12 @@ for name, Z, y in [("train", Z_train, y_train), ("test", Z_test, y_test)]:
     print(f"mean confidence {confidence(Z).mean():.3f}")
 
 # %%
-# On test data, the network says that it is right more often than it is. How much more?
-# The **expected calibration error** (ECE) sorts the N samples by confidence into B bins
-# of equal width. In each bin it compares the mean confidence with the accuracy. Then it
-# averages the gaps, weighted by :math:`N_b`, the number of samples in bin b:
+# On test data, the network says that it is right more often than it is. It would be
+# **calibrated** if, among samples of the same confidence, the accuracy were this
+# confidence. How far is it from that? The **expected calibration error** (ECE) sorts
+# the N samples by confidence into B bins of equal width. In each bin it compares the
+# mean confidence with the accuracy. Then it averages the gaps, weighted by :math:`N_b`,
+# the number of samples in bin b:
 #
 # .. math::
 #     \text{ECE} = \sum_{b=1}^{B} \frac{N_b}{N} \,
@@ -519,8 +521,9 @@ for name, path in paths.items():
 # 1`, and the weights visited with the line search. The parabola is so flat that its
 # minimum is far outside of the picture. The right panel compares the three methods:
 # once near the minimum, Newton's method needs the fewest iterations by far. (The
-# iteration axis is logarithmic from 10 on. Where a curve leaves the panel, rounding is
-# all that is left.)
+# iteration axis is logarithmic from 10 on. The minimum is the loss at Newton's last
+# weight, so this curve ends at zero, below the panel. All three methods stop once the
+# gradient is below 1e-6.)
 
 
 def excess_loss(path: list[float]) -> list[float]:
@@ -566,7 +569,7 @@ plt.show()
 #
 # Before and after
 # ----------------
-# The **test** data were not used so far. Scaling by a positive number does not change
+# The **test** data had no part in the fit. Scaling by a positive number does not change
 # which logit is the largest. So the predictions, and with them the accuracy, stay.
 
 Z_scaled = w_fit * Z_test
@@ -674,8 +677,8 @@ print(f"spread over 60 validation sets: {spread:.3f}")
 torch.testing.assert_close(standard_error, spread, rtol=0.6, atol=0)
 
 # %%
-# This answers how large a validation set must be. Four times as many samples halve the
-# error.
+# The formula also tells how large a validation set must be: four times as many samples
+# halve the standard error.
 #
 # What freezing saves
 # -------------------
