@@ -512,16 +512,17 @@ else:
     raise RuntimeError("BackPACK gets through a plain +. This page is out of date.")
 
 # %%
-# The last linear layer stored its V under the address of :math:`z`. The next module on
-# the way back is the scale module. (The block's own hook runs after those inside.) It
-# asks for the V of its own output, the summand :math:`\alpha F(x)`, which is another
-# tensor. A ``SumModule`` would have copied V from :math:`z` to its summands; the ``+``
-# has no hook and did nothing.
+# The last linear layer stored the V of its input under the address of :math:`z`. The
+# next module on the way back is the scale module. (The block's own hook runs after
+# those inside.) It asks for the V of its own output, the summand :math:`\alpha F(x)`,
+# which is another tensor. A ``SumModule`` would have copied V from :math:`z` to its
+# summands; the ``+`` has no hook and did nothing.
 #
 # Is it enough to replace the ``+`` by a ``SumModule``? No: BackPACK gets further, and
 # then reaches the block itself, which has hooks and no module extension. In first order
-# that was only a warning. In second order it is an error, as V would have to go through
-# the block.
+# that was only a warning. In second order it is an error: because of its hooks,
+# BackPACK treats the block as one more layer, and wants to send V through it as well,
+# although V has gone through the modules inside.
 
 
 class PlainReZeroWithSum(PlainReZero):

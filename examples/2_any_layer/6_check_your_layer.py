@@ -261,9 +261,10 @@ def jacobians(
 
 
 # %%
-# This treats samples one by one. It is right only if the module does so too, and if
-# its forward pass is not random. We test that first, for each shape of a sample, and
-# leave out the shapes that ``forward`` refuses.
+# This treats samples one by one. It is right only if the module does so too, and if its
+# forward pass is not random. We test that first, for each shape of a sample, and leave
+# out the shapes that ``forward`` refuses, or for which it returns one number for a
+# sample, without a further axis.
 
 
 def accepted_shapes(layer: Layer, N: int) -> list[tuple[int, ...]]:
@@ -275,7 +276,9 @@ def accepted_shapes(layer: Layer, N: int) -> list[tuple[int, ...]]:
             Z = module(X)
             one_by_one = torch.cat([module(x.unsqueeze(0)) for x in X])
             if Z.ndim < 2 or len(Z) != N:
-                raise ValueError(f"The output {list(Z.shape)} must be [N, *].")
+                raise ValueError(
+                    f"The output {list(Z.shape)} must be [N, ...], with a second axis."
+                )
         except Exception as error:
             refused.append(f"{list(shape)}: {type(error).__name__}: {error}")
             continue
@@ -287,7 +290,7 @@ def accepted_shapes(layer: Layer, N: int) -> list[tuple[int, ...]]:
     if not accepted:
         raise ValueError(f"forward refuses all shapes of a sample: {refused}")
     for text in refused:
-        print(f"Not checked, as forward refuses it: {text}")
+        print(f"Not checked: {text}")
     return accepted
 
 
@@ -1169,7 +1172,10 @@ class Network:
 
     @cached_property
     def J(self) -> dict[str, Tensor]:
-        """Return Jacobians ``[N, C, p]`` for parameters and input of p entries."""
+        """Return Jacobians ``[N, C, p]`` for parameters and input of p entries.
+
+        For the input, p counts the entries of all samples.
+        """
         values = {name: p.detach() for name, p in self.net.named_parameters()}
 
         def forward(X: Tensor, *parameters: Tensor) -> Tensor:
@@ -1347,6 +1353,7 @@ def run_backpack(
         # BackPACK keeps V by the memory address of the tensor that it belongs to. We
         # take it out.
         V = extension.saved_quantities.retrieve_quantity(X.data_ptr(), delete_old=True)
+        # Each sample has entries of its own: there is no sum over samples.
         stored["input0"] = None if V is None else V.square().sum(0)
     return stored
 
@@ -1399,7 +1406,8 @@ def check_in_network(layer: Layer, network: Network, kind: str) -> list[Result]:
 # %%
 # A method that is right by hand and wrong in a network gets a diagnosis of its own. But
 # if a method of the same extension is wrong by hand, the failure may follow from that.
-# Then it is not diagnosed, except for a result that is missing.
+# Then it is not diagnosed, except for a result that is missing. (If a method has two
+# diagnoses, the one by hand is kept.)
 
 
 def diagnose_network(method: Method, failing: list[Result]) -> str:

@@ -611,10 +611,10 @@ for parameter in network.parameters():
 # %%
 # What remains is the mean of the softmax over Gaussian logits. There is a well-known
 # shortcut, the probit approximation: divide each logit by :math:`\sqrt{1 + \pi
-# \Sigma_{cc} / 8}` (here :math:`\pi` is the number), then take the softmax. With more
-# than two classes it has a flaw. Suppose that the logits are uncertain only in a number
-# that is added to all of them. Softmax does not depend on such a number. The shortcut
-# still thinks that it matters.
+# \Sigma_{cc} / 8}` (here :math:`\pi` is the number), then take the softmax. For a
+# softmax, with one logit for each class, it has a flaw. Suppose that the logits are
+# uncertain only in a number that is added to all of them. Softmax does not depend on
+# such a number. The shortcut still thinks that it matters.
 
 f = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64, device=device)
 shared_variance = 9.0 * torch.ones(C, C, dtype=torch.float64, device=device)
