@@ -367,8 +367,8 @@ def make_diag_ggn(
 # In :math:`S S^\top` the sum runs over the columns, the first axis. To compare S
 # itself, and not only its square, we use that ours is the *principal* root: symmetric,
 # without negative eigenvalues. There is one such root, and an eigendecomposition finds
-# it. (For the GGN, another root, such as :math:`-S`, would do as well, see below. Ours
-# must be this one, so that is what we check.)
+# it. (For the GGN, another root, such as :math:`-S`, would do as well, see below. Our
+# formula was derived as this one, so we check that it is.)
 
 
 def principal_root(H: Tensor) -> Tensor:
