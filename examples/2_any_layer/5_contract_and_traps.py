@@ -805,10 +805,10 @@ torch.testing.assert_close(N**2 * variances["mean"], variances["sum"])
 # Two tools for what follows
 # --------------------------
 # ``provoke`` runs something that must end in an error or a warning, and prints all
-# messages. If another message comes, or none, it raises: then BackPACK or PyTorch has
-# changed, and the section must be rewritten. Addresses in memory, which differ from run
-# to run, are cut out of the messages. One warning that comes with nearly every run is
-# not shown: it is harmless, and `has its own section
+# messages. If the last message is another one, or if there is none, it raises: then
+# BackPACK or PyTorch has changed, and the section must be rewritten. Addresses in
+# memory, which differ from run to run, are cut out of the messages. One warning that
+# comes with nearly every run is not shown: it is harmless, and `has its own section
 # <#userwarning-full-backward-hook-is-firing>`_.
 
 harmless = "Full backward hook is firing"
@@ -1763,7 +1763,7 @@ torch.testing.assert_close(right.sum(0), weight.grad)
 # %%
 # **Cause:** each use stores its result on the one parameter, and overwrites that of the
 # use before. **Fix:** ``extension_hook`` runs after each layer. Ours adds up the
-# results and clears the parameter for the next use.
+# results and deletes each from the parameter, so that none is counted twice.
 
 
 def make_adder(savefield: str) -> tuple[Callable, dict[nn.Parameter, Tensor]]:
