@@ -554,8 +554,10 @@ else:
 class WrongBaseLoss(nn.Module):
     """Wrong on purpose: a pseudo-Huber loss that does not inherit from ``_Loss``."""
 
-    reduction, delta = "mean", delta
-    compute_s, reduce = PseudoHuberLoss.compute_s, PseudoHuberLoss.reduce
+    reduction = "mean"
+    delta = delta  # the one chosen above
+    compute_s = PseudoHuberLoss.compute_s
+    reduce = PseudoHuberLoss.reduce
     forward = PseudoHuberLoss.forward
 
 
