@@ -336,11 +336,11 @@ class Case:
 
 
 # %%
-# A ``Method`` is a row of the table: an extension, and the name of its method. Write
-# :math:`J_n` for the Jacobian of sample n's output, with respect to the input for
-# ``backpropagate``, and to the parameter otherwise; :math:`G_n` for the gradient with
-# respect to this output; and :math:`v_{cn}` for sample n's part of column c of V. The
-# right answers are
+# A ``Method`` is a row of the table: its kind, ``BatchGrad`` or ``DiagGGNExact``, and
+# its name. Write :math:`J_n` for the Jacobian of sample n's output, with respect to the
+# input for ``backpropagate``, and to the parameter otherwise; :math:`G_n` for the
+# gradient with respect to this output; and :math:`v_{cn}` for sample n's part of column
+# c of V. The right answers are
 #
 # - individual gradients: :math:`J_n^\top G_n`, for the samples asked for;
 # - ``backpropagate``: :math:`J_n^\top v_{cn}` for each column :math:`c`;
@@ -348,13 +348,13 @@ class Case:
 
 
 class Method(NamedTuple):
-    """A method of an extension; ``name`` is a parameter or ``"backpropagate"``."""
+    """A method of a module extension; its name is a parameter or ``backpropagate``."""
 
     kind: str
     name: str
 
     def __str__(self) -> str:
-        """Return ``Extension.method``."""
+        """Return ``kind.name``."""
         return f"{self.kind}.{self.name}"
 
     @property
@@ -741,7 +741,8 @@ def split_features(products: Tensor, case: Case) -> Tensor:
 
 
 # %%
-# For the GGN diagonal, most mistakes are sums and squares in a wrong order.
+# For the GGN diagonal, most mistakes are sums and squares that are missing or in a
+# wrong order.
 
 
 def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:

@@ -295,7 +295,8 @@ for parameter in network.parameters():
 # ----------------
 # This network is so small that we can afford the whole GGN. The witness is the
 # definition above, with Jacobians from ``jacrev``. But ``torch.func`` fails on modules
-# that carry BackPACK's hooks:
+# that carry BackPACK's hooks, because PyTorch runs such hooks with an
+# ``autograd.Function``:
 
 try:
     jacrev(network)(X_train[:1])
@@ -609,12 +610,12 @@ for parameter in network.parameters():
     torch.testing.assert_close(tuple(parameter.grad_batch.shape), expected)
 
 # %%
-# What remains is the mean of the softmax over Gaussian logits. There is a well-known
-# shortcut, the probit approximation: divide each logit by :math:`\sqrt{1 + \pi
-# \Sigma_{cc} / 8}` (here :math:`\pi` is the number), then take the softmax. For a
-# softmax, with one logit for each class, it has a flaw. Suppose that the logits are
-# uncertain only in a number that is added to all of them. Softmax does not depend on
-# such a number. The shortcut still thinks that it matters.
+# The predictive of the approximation is the mean of the softmax over these Gaussian
+# logits. There is a well-known shortcut, the probit approximation: divide each logit by
+# :math:`\sqrt{1 + \pi \Sigma_{cc} / 8}` (here :math:`\pi` is the number), then take the
+# softmax. For a softmax, with one logit for each class, it has a flaw. Suppose that the
+# logits are uncertain only in a number that is added to all of them. Softmax does not
+# depend on such a number. The shortcut still thinks that it matters.
 
 f = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64, device=device)
 shared_variance = 9.0 * torch.ones(C, C, dtype=torch.float64, device=device)
