@@ -198,7 +198,8 @@ plt.show()
 # own. Its **second-order extensions** send a further quantity to the left, into the
 # data under the same condition. For the GGN it is called V, and `The GGN and its
 # diagonal, derived <3_ggn_derivation.html>`_ says what it is. So for second order two
-# things can go wrong in a layer: its own result, and the V that it passes on.
+# things can go wrong in a layer: the result for its own parameters, and the V that it
+# passes on.
 #
 # First order: a warning
 # ----------------------
@@ -209,7 +210,8 @@ model = nn.Sequential(nn.Linear(D, 5), ScaleModule(), nn.Linear(5, C)).to(device
 model = extend(model)
 loss_function = extend(nn.CrossEntropyLoss())
 
-print(f"hooks on the Sequential: {len(model._backward_hooks)}")
+hooks = [*model._forward_hooks, *model._backward_hooks]
+print(f"hooks on the Sequential: {len(hooks)}")
 
 # %%
 # The loss is extended, too: V starts there, so second-order extensions need it.

@@ -9,7 +9,7 @@ We will:
 
 1. write the individual gradient of a layer as a vector-Jacobian product (VJP);
 2. turn this one line of math into a module extension, and register it;
-3. look at what BackPACK hands to the extension, and in which shapes;
+3. look at what BackPACK hands to the module extension, and in which shapes;
 4. honor subsampling, so that only chosen samples are computed;
 5. compare with a loop over samples and with ``torch.func``, with the layer at several
    places in a network, for inputs of two shapes and both reductions of the loss.
@@ -144,8 +144,8 @@ for n in range(N):
 # first-order extensions like ``BatchGrad`` it needs:
 #
 # - the list of parameters that it can treat, given to the base class;
-# - for each of these, **a method with the parameter's name**. What it returns is
-#   stored in the parameter's attribute ``grad_batch``.
+# - for each of these, **a method with the parameter's name**. What it returns is stored
+#   in an attribute of the parameter; for ``BatchGrad``, this is ``grad_batch``.
 #
 # BackPACK calls the method, for each parameter that requires a gradient, with the
 # running extension ``ext``, the layer ``module``, and two tuples: the gradients with
@@ -517,7 +517,7 @@ for wrong_class in [WrongSubsetBatchGrad, WrongMeanBatchGrad]:
 # extension agrees with a loop over samples and with ``vmap`` in float64, at the default
 # tolerance of ``torch.testing.assert_close``: with the layer first, in the middle and
 # last, for ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, all samples and a
-# subset. Two wrong extensions are caught.
+# subset. Two wrong module extensions are caught.
 #
 # **Next:** `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ prepares the
 # second-order extension.

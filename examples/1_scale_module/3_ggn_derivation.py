@@ -528,10 +528,10 @@ if torch.allclose(full_hessian[blocks[1]][:, blocks[1]], G[blocks[1]][:, blocks[
     raise RuntimeError("The blocks of the first layer should differ.")
 
 # %%
-# The Hessian may have negative eigenvalues; the GGN, as :math:`V V^\top`, has none.
-# So the quadratic model that an optimizer builds with it has no downward curvature. The
-# picture shows where the two differ: in the first layer's block, and where two layers
-# meet.
+# The Hessian may have negative eigenvalues; the GGN, as :math:`V V^\top`, has none. So
+# the quadratic model that an optimizer builds with it has no downward curvature. The
+# picture shows where the two differ: in the first layer's block, and in the blocks off
+# the diagonal, where the row belongs to one layer and the column to another.
 
 lowest_hessian = torch.linalg.eigvalsh(full_hessian).min()
 lowest_ggn = torch.linalg.eigvalsh(G).min()

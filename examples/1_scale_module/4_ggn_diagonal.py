@@ -293,7 +293,7 @@ class PrintingDiagGGNExact(ScaleModuleDiagGGNExact):
         return super().weight(ext, module, g_inp, g_out, V_out)
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
-        """Print the shapes, then backpropagate V, shape ``[C, N, *]``."""
+        """Backpropagate V, shape ``[C, N, *]``, then print the shapes."""
         V_in = super().backpropagate(ext, module, g_inp, g_out, V_out)
         print("backpropagate is called")
         print(f"  V_out {list(V_out.shape)} -> V_in {list(V_in.shape)}")

@@ -1576,12 +1576,12 @@ def draw(ax: plt.Axes, results: list[Result], title: str) -> None:
 # layer ``first``; first, with a gradient for the ``input``; in the ``middle``;
 # ``last``; two ``copies`` with different parameters, whose outputs are added; a
 # ``subset``; one sample; and ``frozen`` parameters. ``mean`` and ``sum`` are the loss's
-# reductions. A row ``backpropagate`` compares the GGN diagonal of the layers before
-# ours, and of the input if it requires a gradient. A cell may stand for several
-# comparisons: one for each shape of a sample (by hand only in the column ``subset``, in
-# networks in every column), for each of the copies, for each choice of frozen
-# parameters, and for each parameter before the layer. So there are more checks than
-# cells.
+# reductions. A row ``backpropagate mean`` or ``backpropagate sum`` compares the GGN
+# diagonal of the layers before ours, and of the input if it requires a gradient. A cell
+# may stand for several comparisons: one for each shape of a sample (by hand only in the
+# column ``subset``, in networks in every column), for each of the copies, for each
+# choice of frozen parameters, and for each parameter before the layer. So there are
+# more checks than cells.
 
 report = check(MY_LAYER)
 print(report)
@@ -1817,7 +1817,10 @@ class WrongPattern(ScaledLinearDiagGGNExact):
 
 
 class WrongTranspose(ScaledLinearDiagGGNExact):
-    """Wrong on purpose: W v, not W^T v. (Rows v: ``V_out @ W`` holds W^T v.)"""
+    """Wrong on purpose: W v in the place of W^T v.
+
+    The vectors v are the rows of ``V_out``, so ``V_out @ W`` would be right.
+    """
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
         """Return ``[C, N, *, D_in]``, which fits as the matrix is square."""
