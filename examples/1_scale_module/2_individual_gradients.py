@@ -483,7 +483,7 @@ class WrongSubsetBatchGrad(ScaleModuleBatchGrad):
 
 
 class WrongMeanBatchGrad(ScaleModuleBatchGrad):
-    """Wrong on purpose: takes the mean over features instead of the sum."""
+    """Wrong on purpose: takes the mean where the VJP has a sum."""
 
     def weight(self, ext, module, g_inp, g_out, bp) -> Tensor:
         """Compute gradients that are too small, shape ``[N, 1]``."""
