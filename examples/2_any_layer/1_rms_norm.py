@@ -942,7 +942,7 @@ def ratio(formula: Callable[[], object], autodiff: Callable[[], object]) -> str:
 
 # %%
 # One tuple of arguments serves all methods; each uses those that it needs. As in a
-# backward pass, autograd records no graph (what ``vjp`` does inside is its own).
+# backward pass, autograd records no graph (``vjp`` still records its own inside).
 
 first_order = [RMSNormBatchGrad(), AutodiffBatchGrad(["weight"])]
 second_order = [RMSNormDiagGGNExact(), AutodiffDiagGGNExact(["weight"])]
