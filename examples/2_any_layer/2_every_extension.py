@@ -1376,10 +1376,11 @@ for extension_class in build_module_extension:
 # %%
 # What was verified
 # -----------------
-# Each method of the derivatives class agrees with ``torch.func``, for ``[N, D]`` and
+# Each product of the derivatives class agrees with ``torch.func``, for ``[N, D]`` and
 # ``[N, T, D]``: the products with one Jacobian for K vectors at once, the one with
 # :math:`\mathrm{J}_w^\top` also with and without the sum over the batch, and for a
-# subset. All 19 extensions agree with autodiff in float64, at the default tolerance of
+# subset. ``hessian_is_zero`` agrees with the second derivatives for one sample of shape
+# ``[D]``. All 19 extensions agree with autodiff in float64, at the default tolerance of
 # ``torch.testing.assert_close``, for ``mean`` and ``sum`` and with the layer first and
 # in the middle; ``PCHMP`` only with ``ReLU``; ``KFRA`` and ``HBP`` with a witness that
 # averages as they do, and with the exact blocks for one sample. The MC extensions agree
