@@ -443,11 +443,11 @@ G_batch = ggn_of_batch("sum")
 torch.testing.assert_close(vmap(ggn)(X, Y).sum(0), G_batch)
 
 # %%
-# Each sample has C columns, so V of the batch has :math:`N C`. Stack the outputs that a
-# layer has for all samples: in V there, a column belongs to one sample, and is zero in
-# the rows of all others. The zeros are not stored: BackPACK keeps ``[C, N, *]``,
-# columns first, then samples, then the axes of one sample, here H features. The
-# diagonal for the scale weight is
+# Each sample has C columns, so V of the batch has :math:`N C`. For the batch,
+# :math:`V_{x^{(k)}}` has a row for each output of layer :math:`k` and each sample. A
+# column belongs to one sample: it is zero in the rows of all others. The zeros are not
+# stored: BackPACK keeps ``[C, N, *]``, columns first, then samples, then the axes of
+# one sample, here H features. The diagonal for the scale weight is
 #
 # .. math::
 #     \operatorname{diag}(G)_w =
@@ -512,10 +512,10 @@ second_term = einsum(loss_gradient, hessian(network)(theta, x), "c, c i j -> i j
 torch.testing.assert_close(full_hessian, G + second_term)
 
 # %%
-# Hessian and GGN agree if the network is linear in its parameters, up to a constant.
-# Our network as a whole is not, but it is in the scale weight alone, and in the last
-# layer's parameters alone. So the blocks of these two agree. The block of the first
-# layer, which the sigmoid makes nonlinear, does not.
+# Hessian and GGN agree if the network is an affine function of its parameters (linear
+# plus a constant). Our network as a whole is not, but it is affine in the scale weight
+# alone, and in the last layer's parameters alone. So the blocks of these two agree. The
+# block of the first layer, which the sigmoid makes nonlinear, does not.
 
 blocks = dict(zip([1, 2, 3], torch.arange(p).split(sizes), strict=True))
 for k, block in blocks.items():
