@@ -5,6 +5,9 @@ One derivatives class, every extension
 After this page you can give a layer of your own to all 19 extensions of BackPACK, by
 writing its Jacobian products once, plus a short method for nine of the extensions.
 
+Our layer is linear in its input and in its parameter. For another layer, the extensions
+that use a Hessian need more, or refuse; the page shows where.
+
 We will:
 
 1. write one derivatives class for the scale module: six methods, one line of math each;
@@ -519,8 +522,9 @@ print(f"{len(build_module_extension)} extensions, missing: {missing or 'none'}")
 # One factory builds a new extension for each use, of any kind, and registers our module
 # extension in it. HBP takes four settings. With these it is like KFRA, with the Hessian
 # in place of the GGN. (``BOTEV_MARTENS`` and ``CHEN``, which comes up at the end, are
-# named after authors: the first averages the products :math:`\mathrm{J}^\top \bar{H}
-# \mathrm{J}`, the second averages J, and then takes the product.)
+# named after authors: for the parameter, the first averages the products
+# :math:`\mathrm{J}_w^\top \bar{H} \, \mathrm{J}_w`, the second averages
+# :math:`\mathrm{J}_w`, and then takes the product.)
 
 hbp_options = {
     "curv_type": Curvature.HESSIAN,
