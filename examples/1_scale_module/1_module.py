@@ -270,10 +270,15 @@ else:
 # How far did it get? The backward pass starts at the loss. The last layer was
 # treated before the scale module was reached. The first layer was not reached.
 
+reached = []
 for name, parameter in model.named_parameters():
     diagonal = getattr(parameter, "diag_ggn_exact", None)
     shape = "missing" if diagonal is None else list(diagonal.shape)
     print(f"{name:>8}  diag_ggn_exact: {shape}")
+    if diagonal is not None:
+        reached.append(name)
+if reached != ["2.weight", "2.bias"]:
+    raise RuntimeError("BackPACK came to other layers. This page is out of date.")
 
 # %%
 # Layers without parameters

@@ -17,8 +17,9 @@ We will:
 You should know PyTorch's ``nn.Module`` and ``backward``, and what ``extend`` does: see
 `A layer BackPACK does not know <1_module.html>`_.
 
-The letters are the same on all pages: N samples in a batch, T steps of a sequence, D
-features, C classes. Their sizes differ from page to page.
+The letters are the same on all pages: N samples in a batch, T steps of a sequence (on
+one page, T is a temperature), D features, C classes. Their sizes differ from page to
+page.
 """
 
 import math
@@ -440,7 +441,7 @@ def check(make_extension, place: str, input_shape: tuple[int, ...], reduction: s
         reduction: ``"mean"`` or ``"sum"``.
 
     Raises:
-        AssertionError: If any two of the three disagree.
+        AssertionError: If the loop disagrees with ``vmap`` or with BackPACK.
     """
     X = torch.randn(N, *input_shape, dtype=torch.float64, device=device)
     y = torch.randint(C, (N,), device=device)

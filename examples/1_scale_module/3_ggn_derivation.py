@@ -169,6 +169,8 @@ torch.testing.assert_close(loss_hessian, pi.diag() - pi.outer(pi))
 # \pi` and :math:`\sqrt{\pi}^\top \sqrt{\pi} = \sum_c \pi_c = 1`.
 
 S = pi.sqrt().diag() - pi.outer(pi.sqrt())
+torch.testing.assert_close(pi.sqrt().diag() @ pi.sqrt(), pi)
+torch.testing.assert_close(pi.sqrt() @ pi.sqrt(), torch.ones_like(pi.sum()))
 torch.testing.assert_close(S @ S.T, loss_hessian)
 
 # %%
@@ -217,6 +219,8 @@ def losses(f: Tensor) -> Tensor:
     return vmap(loss, (None, 0))(f, labels)
 
 
+unit_vectors = torch.eye(C, dtype=torch.float64, device=device)  # e_c is column c
+torch.testing.assert_close(S, pi.sqrt() * (unit_vectors - pi.unsqueeze(1)))
 torch.testing.assert_close(S, -(pi.sqrt() * jacrev(losses)(f).T))
 
 # %%
@@ -256,10 +260,10 @@ diagonal = V.square().sum(1)
 torch.testing.assert_close(diagonal, G.diagonal())
 
 # %%
-# The picture shows all that we have so far. Lines separate the layers; the narrow block
-# between two lines belongs to the scale module. V is tall and thin; G, which we avoid,
-# is large. (Purple is positive, orange negative. Each panel has its own scale, and
-# small entries are exaggerated so that they can be seen.)
+# The picture shows J, S, V, G and its diagonal. Lines separate the layers; the narrow
+# block between two lines belongs to the scale module. V is tall and thin; G, which we
+# avoid, is large. (Purple is positive, orange negative. Each panel has its own scale,
+# and small entries are exaggerated so that they can be seen.)
 
 edges = torch.tensor([0, *sizes]).cumsum(0)[1:-1] - 0.5
 matrices = {"J": J, "S": S, "V": V, "G": G, "diag(G)": diagonal.unsqueeze(1)}
@@ -408,6 +412,10 @@ torch.testing.assert_close(V_x[0], jacrev(network, argnums=1)(theta, x).T @ S)
 #     V_\text{in} = w \, V_\text{out} \, .
 
 w = theta.split(sizes)[1]
+J_w, J_x = jacrev(layer_2, argnums=(0, 1))(w, xs[1])
+torch.testing.assert_close(J_w, xs[1].unsqueeze(1))
+torch.testing.assert_close(J_x, w * torch.eye(H).to(w))
+
 torch.testing.assert_close(xs[1].unsqueeze(0) @ V_x[2], V_theta[2])
 torch.testing.assert_close(w * V_x[2], V_x[1])
 
@@ -491,9 +499,12 @@ for wrong in [samples_first, features_last]:
 # is :math:`N C` and :math:`\sqrt{N C}`.) All of this ends up in :math:`S`; the two
 # products of a layer stay the same.
 
+torch.testing.assert_close(ggn_of_batch("mean"), G_batch / N)
 V_w_of_mean = einsum(X_scale, V_out / N**0.5, "n d, c n d -> c n")
-diagonal_of_mean = ggn_of_batch("mean").diagonal()[sizes[0]]
-torch.testing.assert_close(V_w_of_mean.square().sum(), diagonal_of_mean)
+torch.testing.assert_close(V_w_of_mean.square().sum(), expected / N)
+
+mean, total = (nn.MSELoss(reduction=r)(Pi, 0 * Pi) for r in ["mean", "sum"])
+torch.testing.assert_close(mean, total / (N * C))
 
 # %%
 # GGN and Hessian
@@ -560,12 +571,12 @@ plt.show()
 # %%
 # What was verified
 # -----------------
-# Every equation of this page was evaluated in float64 and compared at the default
-# tolerance of ``torch.testing.assert_close``: the square root of the loss's Hessian,
-# also against the one that BackPACK uses; all three forms of the GGN; its diagonal; the
-# stacks; both recursions; the two products of the scale module; the batch, for ``sum``
-# and ``mean``; the difference between GGN and Hessian, with the blocks where it
-# vanishes.
+# Every equation of this page, except for definitions, was evaluated in float64 and
+# compared at the default tolerance of ``torch.testing.assert_close``: the square root
+# of the loss's Hessian, also against the one that BackPACK uses; all three forms of the
+# GGN; its diagonal; the stacks; both recursions; the two products of the scale module;
+# the batch, for ``sum`` and ``mean``; the difference between GGN and Hessian, with the
+# blocks where it vanishes.
 #
 # **Next:** `The GGN diagonal, backpropagated <4_ggn_diagonal.html>`_ turns the two
 # products into code.

@@ -600,6 +600,9 @@ except AssertionError as error:
 # before the layer. Their diagonal lacks the factor :math:`w^2 = 2.25`, the constant gap
 # on the log scale. The layer's own weight and all that follows are right.
 
+torch.testing.assert_close([1.5**2 * d for d in diag_backpack[:2]], diag_products[:2])
+torch.testing.assert_close(diag_backpack[2:], diag_products[2:])
+
 right = parameters_to_vector(diag_products).tolist()
 wrong = parameters_to_vector(diag_backpack).tolist()
 
@@ -619,7 +622,7 @@ ax.set_yscale("log")
 ax.set_xlabel("parameters of the network, from input to output")
 ax.set_ylabel("GGN diagonal")
 ax.set_title("A wrong backpropagate spoils the layers before the scale module")
-ax.legend(framealpha=1)
+fig.legend(loc="outside lower center", ncols=2)
 plt.show()
 
 # %%
@@ -627,11 +630,12 @@ plt.show()
 # -----------------
 # ``backpropagate`` agrees with VJPs of ``torch.func``, sign included, and ``weight``
 # with the sum of the squares of VJPs with respect to the parameter. The GGN diagonal of
-# all parameters agrees with GGN-vector products in float64, at the default tolerance of
-# ``torch.testing.assert_close``: with the layer first, in the middle, last and twice,
-# with and without a gradient for the input, for ``[N, D]`` and ``[N, T, D]``, ``mean``
-# and ``sum``, trained and frozen. ``backpropagate`` ran as often as it should. Three
-# wrong extensions are caught, each by all checks that can see its mistake.
+# all trained parameters agrees with GGN-vector products in float64, at the default
+# tolerance of ``torch.testing.assert_close``: with the layer first (with and without a
+# gradient for the input), in the middle, last and twice, for inputs of the network of
+# shape ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, with the scale weight
+# trained and frozen. ``backpropagate`` ran as often as it should. Three wrong
+# extensions are caught, each by all checks that can see its mistake.
 #
 # **Next:** `RMSNorm: a vector parameter and a coupled Jacobian
 # <../2_any_layer/1_rms_norm.html>`_ takes the same steps for a layer used in practice.
