@@ -976,10 +976,10 @@ for samples in [16, 256]:
 # agree with a loop over samples and with :math:`\mathrm{J}^\top \mathrm{H} \,
 # \mathrm{J}` for all parameters of a network, in float64 at the default tolerance of
 # ``torch.testing.assert_close``: with the layer first, in the middle and last, for
-# ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, all samples and a subset, three
-# ways to the loss, ``nn.RMSNorm``, and with a bias. The automatic extension for the GGN
-# diagonal agrees with the closed form, and both automatic extensions agree with the
-# witnesses for two more layers.
+# ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, and ``BatchGrad`` also for a
+# subset. In one setting each, so do the three ways to the loss, ``nn.RMSNorm``, and a
+# layer with a bias. The automatic extension for the GGN diagonal agrees with the closed
+# form, and both automatic extensions agree with the witnesses for two more layers.
 #
 # **Next:** `One derivatives class, every extension <2_every_extension.html>`_ returns
 # to the scale module, and serves all of BackPACK's extensions with one class and a few

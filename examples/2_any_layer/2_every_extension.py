@@ -710,12 +710,19 @@ cases = [make_case(kind, r) for kind in names for r in ["mean", "sum"]]
 
 # %%
 # A first look, before any extension: GGN and Hessian differ for all parameters before
-# the activation, so a mix-up would show there. ``3.weight`` stands behind it, where
-# they agree, because from there on the network is linear.
+# the activation, so a mix-up would show there. Only ``3.weight`` stands behind it.
+# There they agree, because from there on the network is linear (plus a constant).
 
 for name, witness in cases[0].witness.items():
     ggn, full = witness.ggn.sum(0)[0, 0], witness.hessian.sum(0)[0, 0]
     print(f"{name}: first entry of the GGN {ggn:+.4f}, of the Hessian {full:+.4f}")
+
+for case in cases:
+    for name, witness in case.witness.items():
+        if name == "3.weight":
+            torch.testing.assert_close(witness.ggn, witness.hessian)
+        elif torch.allclose(witness.ggn, witness.hessian):
+            raise RuntimeError(f"{name}: the GGN and the Hessian do not differ.")
 
 # %%
 # ``check`` compares one extension with a formula, for all parameters of all cases, and
@@ -897,11 +904,10 @@ for case in cases:
     square = einsum(case.S["exact"], case.S["exact"], "k n i, k n j -> n i j")
     torch.testing.assert_close(square, loss_hessians(case))
 
-last = cases[-1]  # with reduction "sum", so r = 1
-S_exact, S_mc, H_loss = last.S["exact"], last.S["mc"], loss_hessians(last)
+S_mc, H_loss = case.S["mc"], loss_hessians(case)  # of the last case
 square = einsum(S_mc, S_mc, "k n i, k n j -> n i j")
 error = (square - H_loss).norm() / H_loss.norm()
-print(f"S: {list(S_exact.shape)}, sampled: {list(S_mc.shape)}")
+print(f"S: {list(case.S['exact'].shape)}, sampled: {list(S_mc.shape)}")
 print(f"With 3 labels per sample, S S^T is off by {error:.0%}.")
 
 # %%
@@ -909,13 +915,15 @@ print(f"With 3 labels per sample, S S^T is off by {error:.0%}.")
 # \, (\mathrm{diag}(\sqrt{\pi}) - \pi \sqrt{\pi}^\top)`. From :math:`\pi` we subtract
 # :math:`\sqrt{M / r}` times the sampled one, which must leave one-hot labels.
 
-pi = last.model(last.X).softmax(1).detach()
-formula = pi.sqrt().diag_embed() - einsum(pi, pi.sqrt(), "n c, n k -> n c k")
-torch.testing.assert_close(S_exact, formula.permute(2, 0, 1))
+for case in cases:
+    r = {"mean": 1 / N, "sum": 1.0}[case.reduction]
+    pi = case.model(case.X).softmax(1).detach()
+    formula = pi.sqrt().diag_embed() - einsum(pi, pi.sqrt(), "n c, n k -> n c k")
+    torch.testing.assert_close(case.S["exact"], r**0.5 * formula.permute(2, 0, 1))
 
-labels = pi - len(S_mc) ** 0.5 * S_mc
-one_hot = nn.functional.one_hot(labels.argmax(2), C).to(labels)
-torch.testing.assert_close(labels, one_hot)
+    labels = pi - (mc["mc_samples"] / r) ** 0.5 * case.S["mc"]
+    one_hot = nn.functional.one_hot(labels.argmax(2), C).to(labels)
+    torch.testing.assert_close(labels, one_hot)
 
 # %%
 # Given S, nothing is random. All results must agree to rounding, also for the MC
@@ -1014,21 +1022,27 @@ def mc_errors(case: Case, name: str, derivatives=None, classes=to_ggn) -> dict:
 
 
 # %%
-# A least-squares fit gives the slope. It is noisy itself. We allow 0.15, several times
-# its scatter over seeds.
+# A least-squares fit gives the slope. It is noisy itself. The logarithm of a root mean
+# square over R repeats has a standard deviation of about :math:`1 / \sqrt{2 R}`.
+# Divided by the norm of the centered :math:`\log M`, this is the slope's. We allow six
+# times as much.
+
+
+log_M = torch.tensor(sample_counts).log()
+log_M = log_M - log_M.mean()
+tolerance = 6 * (2 * repeats) ** -0.5 / log_M.norm().item()
+print(f"tolerance of the slope: {tolerance:.2f}")
 
 
 def slope(errors: Tensor) -> Tensor:
     """Fit the slope of ``errors`` over ``sample_counts``, both logarithmic."""
-    x = torch.tensor(sample_counts).log()
-    x = x - x.mean()
-    return (x * errors.log()).sum() / x.square().sum()
+    return (log_M * errors.log()).sum() / log_M.square().sum()
 
 
 errors = mc_errors(cases[1], "1.weight")
 for extension_class, rms in errors.items():
     expected = torch.tensor(-0.5)
-    torch.testing.assert_close(slope(rms), expected, atol=0.15, rtol=0)
+    torch.testing.assert_close(slope(rms), expected, atol=tolerance, rtol=0)
     print(f"{extension_class.__name__}: slope {slope(rms):.2f}")
 
 # %%
@@ -1044,7 +1058,7 @@ class WrongDerivatives(ScaleModuleDerivatives):
 
 
 wrong = mc_errors(cases[1], "1.weight", WrongDerivatives(), [DiagGGNMC])[DiagGGNMC]
-if abs(slope(wrong) + 0.5) < 0.15:
+if abs(slope(wrong) + 0.5) < tolerance:
     raise RuntimeError("The slope did not give the wrong class away.")
 print(f"wrong Jacobian: slope {slope(wrong):.2f}")
 
@@ -1340,17 +1354,23 @@ print(message_of(NotImplementedError, lambda: run(case, make_extension(HBP, **ch
 model = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, C)).to(**options)
 case = Case("[N, D]", "sum", model, cases[0].X[:1], cases[0].y[:1])
 witness = ask_autodiff(case, "0.bias")
-actual = run(case, PCHMP(modify="abs"))["0.bias"](torch.eye(3, **options))
 
 z = model[0](case.X).detach()[0]
 second = vmap(grad(grad(torch.tanh)))(z)
 delta = grad(lambda a: case.loss(model[2](a), case.y[0]))(z.tanh())
 residual = second * delta
 torch.testing.assert_close(witness.hessian[0], witness.ggn[0] + residual.diag())
-torch.testing.assert_close(actual, witness.ggn[0] + (residual * delta).abs().diag())
 
-right = witness.ggn[0] + residual.abs().diag()
-print(f"PCHMP is off by {(actual - right).norm() / right.norm():.0%}")
+make_positive = {"clip": torch.relu, "abs": torch.abs}
+for modify, function in make_positive.items():
+    actual = run(case, PCHMP(modify=modify))["0.bias"](torch.eye(3, **options))
+    right = witness.ggn[0] + function(residual).diag()
+    wrong = witness.ggn[0] + function(residual * delta).diag()
+    torch.testing.assert_close(actual, wrong)
+    error = (actual - right).norm() / right.norm()
+    print(f"PCHMP(modify='{modify}') is off by {error:.0%}")
+if error < 1e-3:  # with the last one, "abs"
+    raise RuntimeError("PCHMP is right here. This page is out of date.")
 
 # %%
 # The table
@@ -1388,10 +1408,10 @@ for extension_class in build_module_extension:
 # ``torch.testing.assert_close``, for ``mean`` and ``sum`` and with the layer first and
 # in the middle; ``PCHMP`` only with ``ReLU``; ``KFRA`` and ``HBP`` with a witness that
 # averages as they do, and with the exact blocks for one sample. The MC extensions agree
-# to rounding given the labels that they drew, and their error falls with the slope
-# :math:`-1/2`. The limits were provoked: errors for subsets, Kronecker factors, second
-# derivatives and averaged Jacobians; wrong numbers for a nonlinear parameter, a second
-# forward pass, and PCHMP before a ``Tanh``.
+# to rounding given the labels that they drew, and for one weight their errors fall with
+# the slope :math:`-1/2`. The limits were provoked: errors for subsets, Kronecker
+# factors, second derivatives and averaged Jacobians; wrong numbers for a nonlinear
+# parameter, a second forward pass, and PCHMP before a ``Tanh``.
 #
 # **Next:** `A residual block: ReZero <3_residual.html>`_ puts the scale module on a
 # branch.
