@@ -62,9 +62,9 @@ you came with an error message, look for it here.
 
 - In a loop, from the second ``backward`` on: `a second-order extension object is used
   again <#one-second-order-extension-object-used-again>`_
-- In all layers before a ``transpose``: `a view stands between two modules
+- In layers before a ``transpose``: `a view stands between two modules
   <#a-view-between-two-modules>`_
-- In all layers, after a loss on other data: `a second forward pass came before backward
+- After a loss on other data: `a second forward pass came before backward
   <#a-second-forward-pass-before-backward>`_
 - In one of two branches: `the layer has several inputs
   <#a-layer-with-several-inputs>`_
@@ -574,11 +574,11 @@ expected = [
 expect(backward_calls, expected)
 
 # %%
-# Right after ``done``, BackPACK deletes what the forward pass stored on the layer,
-# ``input0`` and ``output``:
+# After ``done``, BackPACK deletes what the forward pass stored on the layer, ``input0``
+# and ``output``. In the end, no layer has them:
 
-for name in ["input0", "output"]:
-    expect(hasattr(model[1], name), False)
+for layer in model:
+    expect([name for name in ["input0", "output"] if hasattr(layer, name)], [])
 
 # %%
 # Two extensions in one context don't disturb each other: both have the right numbers.
@@ -707,6 +707,7 @@ for situation, arguments in situations.items():
 #
 # The same statements as a check:
 
+expect(table["BatchGrad", "ScaleModule.weight"], [f"{[N, H]}"] * 2 + ["-", f"{[N, 1]}"])
 pair = [4, 0]
 row = table["BatchGrad, subsampling=[4, 0]", "ScaleModule.weight"]
 expect(row, [f"{[N, H]}", f"{[N, H]}", "-", f"{[len(pair), 1]}"])
@@ -771,7 +772,7 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # ~~~~~~~~~~~~
 # The gradient that arrives at a layer carries the factor of the loss's reduction, and V
 # its square root. So with ``"mean"``, which is PyTorch's default, individual gradients
-# and the GGN diagonal are divided by N (with more targets for each sample, by the
+# and the GGN diagonal are divided by N (with several targets for each sample, by the
 # number of all targets). With ``nn.MSELoss``, the divisor is the number of **all**
 # entries of the output.
 
@@ -781,6 +782,12 @@ torch.testing.assert_close(N * model[1].weight.grad_batch, gradients["1.weight"]
 
 model = run(network, make_diag_ggn(), X, y, mean_loss)
 torch.testing.assert_close(N * model[1].weight.diag_ggn_exact, diagonals["1.weight"])
+
+summed = run(pixelwise, make_diag_ggn(), pixels, classes)
+model = run(pixelwise, make_diag_ggn(), pixels, classes, mean_loss)
+torch.testing.assert_close(
+    2 * N * model[1].weight.diag_ggn_exact, summed[1].weight.diag_ggn_exact
+)
 
 targets = torch.randn(N, C, dtype=torch.float64, device=device)
 summed = run(network, make_diag_ggn(), X, targets, nn.MSELoss(reduction="sum"))
@@ -966,7 +973,7 @@ torch.testing.assert_close(model[1].weight.diag_ggn_exact, diagonals["1.weight"]
 # %%
 # **Cause 3:** the message names a container, not a layer. ``extend`` treats every
 # module as a layer, even a container. It leaves out only ``nn.Sequential``, its
-# subclasses, and a few containers of BackPACK.
+# subclasses, and a few containers of BackPACK and ``torch.fx``.
 
 
 class Classifier(nn.Module):
@@ -1360,6 +1367,8 @@ provoke(RuntimeError, message, lambda: scale(X).add_(1))
 # **Fix:** ``inplace=False``, and ``Z = Z + 1``. (For second order, the sum must be a
 # module, because a function between modules loses V, see above.)
 
+Z = scale(X)
+Z = Z + 1
 not_in_place = nn.Sequential(network[0], network[1], nn.ReLU(), network[4])
 model = run(not_in_place, make_batch_grad(), X, y)
 right = individual_gradients(not_in_place, X, y)["1.weight"]
@@ -1388,7 +1397,7 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # %%
 # Should the message name ``backpack.custom_module.scale_module.ScaleModule``, then you
 # have imported **BackPACK's own** scale module. It has the same name as ours, but its
-# factor is a float, not a parameter, and second-order extensions know it.
+# factor is a float, not a parameter, and ``DiagGGNExact`` knows it.
 
 other_scale = scale_module.ScaleModule(2.0)
 expect(list(other_scale.parameters()), [])
@@ -1601,7 +1610,7 @@ for batch in [slice(None), slice(4)]:
 # %%
 # A view between two modules
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see:** the GGN diagonal is wrong for all layers before a ``transpose``. A
+# **What you see:** the GGN diagonal is wrong in layers before a ``transpose``. A
 # function between two modules should end in an `error
 # <#assertionerror-expects-a-backpropagation-quantity-but-it-is-none>`_, but not here.
 
@@ -1638,8 +1647,8 @@ torch.testing.assert_close(model[0].weight.diag_ggn_exact, right["0.weight"])
 # %%
 # A second forward pass before backward
 # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-# **What you see:** wrong results in all layers if, say, a loss on other data is
-# computed between forward and ``backward``.
+# **What you see:** wrong results if, say, a loss on other data is computed between
+# forward and ``backward``.
 
 X_other, y_other = make_data(D)
 for trap, extension, right in [
@@ -2063,8 +2072,8 @@ plt.show()
 # -----------------
 # The order of the calls and the shapes in the table were recorded when the page ran.
 # Every message was raised by the installed versions of PyTorch and BackPACK, and every
-# silently wrong number differs from the right one, which ``torch.func`` computed
-# without BackPACK. Every fix shown in code was run and compared in float64, at the
+# silently wrong result differs from the right one, which ``torch.func`` computed
+# without BackPACK. Every fix in a code cell was run and compared in float64, at the
 # default tolerance of ``torch.testing.assert_close``. If a later BackPACK mends one of
 # the traps, the script of this page ends with an error, and the page must be rewritten.
 #

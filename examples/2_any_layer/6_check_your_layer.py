@@ -194,8 +194,8 @@ MY_LAYER = Layer(
 #   MyLayer(4, 3)``. Then run the script again with equal numbers: there, a missing
 #   transpose gives wrong numbers instead of an error, and those can be named.
 # - The forward pass must not be random. Switch dropout off: ``make_module=lambda:
-#   MyLayer().eval()``.
-# - Images work too: ``sample_shapes=[(2, 5, 6)]`` is a batch of ``[N, 2, 5, 6]``.
+#   MyLayer().eval()``. - Images work too: ``sample_shapes=[(2, 3, 4)]`` is a batch of
+#   ``[N, 2, 3, 4]``.
 # - If your extensions do not serve ``[N, T, D]``, remove ``(2, 4)`` from the shapes.
 #
 # The right answers
@@ -1698,8 +1698,8 @@ class ScaledLinearDiagGGNExact(ModuleExtension):
 
 
 # %%
-# The right extensions pass, for a matrix that changes the number of features and for
-# a square one.
+# The right extensions pass, for a matrix that changes the number of features (also with
+# images) and for a square one.
 
 wide = Layer(
     make_module=lambda: ScaledLinear(4, 3),
@@ -1708,6 +1708,7 @@ wide = Layer(
     diag_ggn=ScaledLinearDiagGGNExact,
 )
 check(wide).raise_if_failed()
+check(replace(wide, sample_shapes=[(2, 3, 4)])).raise_if_failed()
 
 square = replace(wide, make_module=lambda: ScaledLinear(4, 4))
 cases = make_cases(square)
@@ -2008,10 +2009,10 @@ for wrong_class, columns in (passes_only | fails_only).items():
 # the largest number. Of 19 wrong extensions, 18 got the diagnosis that fits, and no
 # other; the last got "unknown".
 #
-# The tool has limits. It finds mistakes that it cannot name, such as a wrong derivative
-# of an activation function. It knows modules with one input and one output, whose
-# samples do not depend on each other, and checks ``BatchGrad`` and ``DiagGGNExact`` for
-# parameters of the module itself, not of its submodules.
+# The tool has limits. It finds mistakes that it cannot name, such as the last one of
+# the gallery. It knows modules with one input and one output, whose samples do not
+# depend on each other, and checks ``BatchGrad`` and ``DiagGGNExact`` for parameters of
+# the module itself, not of its submodules.
 #
 # **Next:** `Temperature scaling <../3_in_use/1_temperature_scaling.html>`_ puts an
 # extension of the scale module to use.
