@@ -710,9 +710,9 @@ for radius in [10.0, 100.0, 1000.0]:
 
 # %%
 # We check that the mean confidence at radius 10 is lower by at least 0.04, and that the
-# accuracy on test data does not suffer by more than 0.01. (Both held for all 25 seeds
-# that we tried.) We also print the NLL, the mean negative log-likelihood of the test
-# labels, and the mean confidence on test data.
+# accuracy on test data does not suffer by more than 0.01. (The limits leave room: the
+# tests of this site run the page with other seeds, too.) We also print the NLL, the
+# mean negative log-likelihood of the test labels, and the mean confidence on test data.
 
 
 def report(name: str, predictive) -> tuple[float, float, float]:
@@ -782,8 +782,8 @@ report("diagonal Laplace", diagonal_laplace)
 _, _, full_far = report("full Laplace", full_laplace)
 _, sampled_nll, _ = report("not linearized", sampled_networks)
 
-torch.testing.assert_close(max(full_far - laplace_far, 0.0), 0.0)
-torch.testing.assert_close(max(laplace_nll - sampled_nll, 0.0), 0.0)
+if not (full_far < laplace_far and laplace_nll < sampled_nll):
+    raise AssertionError("Full GGN or linearization: not what the text says.")
 
 # %%
 # With the full GGN the network is less sure far away than with the diagonal. And the
@@ -802,9 +802,10 @@ rings = torch.cat([ring(radius) for radius in radii])
 curves = {**methods, "Full Laplace": full_laplace}
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.9), layout="constrained")
+confidence = {}
 for (name, predictive), style in zip(curves.items(), ["-", "--", "-."], strict=True):
-    confidence = predictive(rings).amax(1).reshape(len(radii), -1).mean(1)
-    left.plot(radii, confidence.cpu(), style, label=name)
+    confidence[name] = predictive(rings).amax(1).reshape(len(radii), -1).mean(1)
+    left.plot(radii, confidence[name].cpu(), style, label=name)
 farthest = X_train.norm(dim=1).max().item()
 left.axvspan(0, farthest, color="0.9", label="training data")
 left.set(xlabel="distance from the center", ylabel="mean confidence", ylim=(0.5, 1))
@@ -812,6 +813,9 @@ left.set_title("Confidence and distance")
 left.legend(loc="lower right")
 draw_confidence(right, "Full Laplace: confidence", full_laplace)
 plt.show()
+
+if not (confidence["Diagonal Laplace"] < confidence["Plain network"]).all():
+    raise AssertionError("The diagonal is surer than the plain network somewhere.")
 
 # %%
 # The evidence, too, shows what the diagonal loses. Its log determinant can take the
@@ -867,10 +871,11 @@ plt.show()
 # too small; a factor on the loss and weight decay do not enter the diagonal. What
 # BackPACK saves has the shapes of the parameters, ``grad_batch`` behind a batch axis.
 # The evidence agrees with ``torch.distributions`` and ``logdet``, and its slope is zero
-# at the fixed point. The linearized predictive agrees with samples of parameters, up to
-# the stated tolerance. At radius 10 the confidence is lower by at least 0.04, and lower
-# still with the full GGN; the accuracy on test data falls by no more than 0.01.
-# Networks that are sampled, not linearized, have a higher NLL than linearized ones.
+# at the fixed point. The linearized predictive of the diagonal agrees with samples of
+# parameters, up to the stated tolerance. At radius 10 its confidence is lower than the
+# plain network's by at least 0.04, and that of the full GGN is lower still; its
+# accuracy on test data falls by no more than 0.01. Networks sampled from the same
+# Gaussian, not linearized, have a higher NLL.
 #
 # **Next:** `What it costs <3_cost.html>`_ measures time and memory.
 #
