@@ -470,6 +470,7 @@ expected = G_batch[sizes[0], sizes[0]]
 theta_1, theta_2, theta_3 = theta.split(sizes)
 X_scale = vmap(layer_1, (None, 0))(theta_1, X)
 Pi = vmap(network, (None, 0))(theta, X).softmax(1)
+# S_batch, [N, C, C]: samples n, outputs i, columns c
 S_batch = Pi.sqrt().diag_embed() - einsum(Pi, Pi.sqrt(), "n i, n c -> n i c")
 
 weight_3 = theta_3[: C * H].reshape(C, H)
@@ -503,6 +504,7 @@ torch.testing.assert_close(ggn_of_batch("mean"), G_batch / N)
 V_w_of_mean = einsum(X_scale, V_out / N**0.5, "n d, c n d -> c n")
 torch.testing.assert_close(V_w_of_mean.square().sum(), expected / N)
 
+# Any [N, C] tensor serves to find the divisor.
 mean, total = (nn.MSELoss(reduction=r)(Pi, 0 * Pi) for r in ["mean", "sum"])
 torch.testing.assert_close(mean, total / (N * C))
 
@@ -573,10 +575,11 @@ plt.show()
 # -----------------
 # Every equation of this page, except for definitions, was evaluated in float64 and
 # compared at the default tolerance of ``torch.testing.assert_close``: the square root
-# of the loss's Hessian, also against the one that BackPACK uses; all three forms of the
-# GGN; its diagonal; the stacks; both recursions; the two products of the scale module;
-# the batch, for ``sum`` and ``mean``; the difference between GGN and Hessian, with the
-# blocks where it vanishes.
+# of the loss's Hessian, also against the one that BackPACK uses; three forms of the GGN
+# (its definition, :math:`V V^\top`, the Fisher), against each other; its diagonal; the
+# stacks; both recursions; the two products of the scale module; the batch, for ``sum``
+# and ``mean``; the difference between GGN and Hessian, with the blocks where it
+# vanishes.
 #
 # **Next:** `The GGN diagonal, backpropagated <4_ggn_diagonal.html>`_ turns the two
 # products into code.
