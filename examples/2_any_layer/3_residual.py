@@ -639,10 +639,10 @@ else:
 #
 # Other extensions
 # ----------------
-# ``SumModule``, ``nn.Identity`` and the fork are BackPACK's own work, in each of its
-# extensions. Not all second-order extensions do it. We see which of them raise, with a
-# block made of BackPACK's own layers. (HBP, which needs four settings, is left out.)
-# Their messages are long, so we print what they say in our words.
+# ``SumModule``, ``nn.Identity`` and the fork must be known to each of BackPACK's
+# extensions. Some second-order extensions know them, others raise. We see which, with a
+# block made of layers that need nothing from us. (HBP, which needs four settings, is
+# left out.) The messages are long, so we print what they say in our words.
 
 through = [
     DiagGGNExact,
@@ -657,7 +657,7 @@ stopped = [KFLR, KFRA, DiagHessian, BatchDiagHessian, GGNMP, HMP, PCHMP]
 causes = {
     "branching.SumModule": "SumModule is unknown",
     "No accumulation rule": "no rule for the sum of V at the fork",
-    "": "an error without a message",
+    "no message": "an error without a message",
 }
 targets = torch.randint(C, (N,), device=device)
 
@@ -670,7 +670,8 @@ for extension_class in through + stopped:
         with backpack(extension_class()):
             loss.backward()
     except NotImplementedError as error:
-        outcome = next(causes[part] for part in causes if part in str(error))
+        message = str(error) or "no message"
+        [outcome] = [causes[part] for part in causes if part in message]
     else:
         outcome = "gets through"
     print(f"{extension_class.__name__:<17} {outcome}")
@@ -743,8 +744,8 @@ plt.show()
 # with :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`, in float64 at the default
 # tolerance of ``torch.testing.assert_close``. With a plain ``+`` the first order agrees
 # and the second raises; the converter raises on ``ScaleModule`` and works with a fixed
-# factor. With a block of BackPACK's own layers, seven second-order extensions get
-# through, and seven raise. At :math:`\alpha = 0` the diagonal of all parameters of
+# factor. With a block that needs no extension of ours, seven second-order extensions
+# get through, and seven raise. At :math:`\alpha = 0` the diagonal of all parameters of
 # :math:`F` is exactly zero.
 #
 # **Next:** `A custom loss <4_custom_loss.html>`_: where V begins.
