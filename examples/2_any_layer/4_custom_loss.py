@@ -812,12 +812,12 @@ numbers = "  ".join(f"{d:+.3f}" for d in by_witness["2.bias"].tolist())
 print(f"{'Jacobian and Hessian':20} {numbers}")
 
 # %%
-# The true :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` has a negative entry, which
-# no sum of squares can be. With NaN nothing is left. With zero in place of the negative
-# eigenvalue the other entries happen to be right, but the result is the diagonal of
-# another matrix, in which the Hessian :math:`\mathrm{H}` is replaced by its positive
-# semidefinite part. You may have use for that, but then say so; it is not this loss's
-# :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
+# The true :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` has a negative entry on its
+# diagonal, which no sum of squares can be. With NaN nothing is left. With zero in place
+# of the negative eigenvalue the other entries happen to be right, but the result is the
+# diagonal of another matrix, in which the Hessian :math:`\mathrm{H}` is replaced by its
+# positive semidefinite part. You may have use for that, but then say so; it is not this
+# loss's :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
 #
 # The numbers follow from the formula, with :math:`s^2 = 10` and the scale weight
 # :math:`w = 2`: along the residual :math:`w^2 (2 - s^2) / s^4`, which the clamp makes
