@@ -873,9 +873,9 @@ plt.show()
 # The evidence agrees with ``torch.distributions`` and ``logdet``, and its slope is zero
 # at the fixed point. The linearized predictive of the diagonal agrees with samples of
 # parameters, up to the stated tolerance. At radius 10 its confidence is lower than the
-# plain network's by at least 0.04, and that of the full GGN is lower still; its
-# accuracy on test data falls by no more than 0.01. Networks sampled from the same
-# Gaussian, not linearized, have a higher NLL.
+# plain network's by at least 0.04, and that of the full GGN is lower still. The
+# accuracy of the diagonal on test data falls by no more than 0.01. Networks sampled
+# from the same Gaussian, not linearized, have a higher NLL.
 #
 # **Next:** `What it costs <3_cost.html>`_ measures time and memory.
 #

@@ -1033,8 +1033,9 @@ for name in ["einsum, V first", "einsum, X first"]:
 # none of it: its 0.02 is the result alone, 1/D of V. (The loop adds one slice, 1/C of
 # V.) The lower panel shows the other part of this price: for a new tensor, the
 # operating system may have to provide fresh memory. Where the candidate that writes
-# into old memory takes less than half of the time, the fresh memory costs more than the
-# multiplying itself.
+# into old memory lies below 0.5, it takes less than half of the time of the product
+# that makes a new tensor: there the fresh memory costs more than the multiplying
+# itself.
 #
 # **Cache and fixed cost.** The temporary results of a loop over C are as large as one
 # slice of V. They are still in the cache when they are read again, more often than
