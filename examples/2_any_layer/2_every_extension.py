@@ -133,13 +133,13 @@ class ScaleModule(nn.Module):
 # - matrix products (``MP``): ``GGNMP`` with the GGN, ``HMP`` with the Hessian, and
 #   ``PCHMP`` with the positive-curvature Hessian (PCH).
 #
-# The two classes of Part 1 each hold math of the layer (which Jacobian) and math of the
-# extension (square, sum, keep the batch axis). With 19 extensions, the second kind is
-# written 19 times, for every new layer. BackPACK separates them: the math of the
-# extension is in a base class, and the base class asks a **derivatives class** for
-# products with the layer's Jacobians. There are two Jacobians,
-# :math:`\mathrm{J}_x z_n` and :math:`\mathrm{J}_w z_n`. For the scale module,
-# :math:`z_n = w x_n`, with :math:`D` entries,
+# The module extensions of Part 1, for ``BatchGrad`` and ``DiagGGNExact``, each hold
+# math of the layer (which Jacobian) and math of the extension (square, sum, keep the
+# batch axis). With 19 extensions, the second kind is written 19 times, for every new
+# layer. BackPACK separates them: the math of the extension is in a base class, and the
+# base class asks a **derivatives class** for products with the layer's Jacobians. There
+# are two Jacobians, :math:`\mathrm{J}_x z_n` and :math:`\mathrm{J}_w z_n`. For the
+# scale module, :math:`z_n = w x_n`, with :math:`D` entries,
 #
 # .. math::
 #     \mathrm{J}_x z_n = w I_D, \qquad \mathrm{J}_w z_n = x_n .
@@ -306,7 +306,8 @@ for shape in shapes:
 #
 # - input-input: ``hessian_is_zero`` is about these;
 # - input-parameter: not zero here (the output is a product), but they never enter the
-#   Hessian block of one parameter, and these blocks are all that BackPACK computes;
+#   Hessian block of one parameter, and these blocks are all that BackPACK's extensions
+#   compute;
 # - parameter-parameter: no method covers these; BackPACK assumes that they are zero.
 #
 # ``torch.func.hessian`` uses forward mode, so we write our own with reverse mode only.
