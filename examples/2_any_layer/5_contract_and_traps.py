@@ -594,7 +594,7 @@ for name, parameter in model.named_parameters():
 # figure.
 
 marks = {
-    "A": "the layer runs twice, or gets keywords: input0 or output wrong or missing",
+    "A": "the layer runs twice, or gets X by keyword: input0 or output wrong, missing",
     "B": "a function, an in-place operation or a view stands between two modules",
     "C": "not registered, a subclass, sums in the wrong order, a wrong shape",
     "D": "backpropagate is missing, or the layer has several inputs",
@@ -1369,6 +1369,7 @@ provoke(RuntimeError, message, lambda: scale(X).add_(1))
 
 Z = scale(X)
 Z = Z + 1
+torch.testing.assert_close(Z, scale.weight * X + 1)
 not_in_place = nn.Sequential(network[0], network[1], nn.ReLU(), network[4])
 model = run(not_in_place, make_batch_grad(), X, y)
 right = individual_gradients(not_in_place, X, y)["1.weight"]
@@ -1986,8 +1987,9 @@ for option, message in [
     provoke(NotImplementedError, message, function)
 
 # %%
-# **Fix:** leave the samples out yourself. With ``"mean"``, PyTorch divides by the
-# number of samples that remain, and so does this.
+# **Fix** for ignored targets, whatever their index: leave the samples out yourself.
+# With ``"mean"``, PyTorch divides by the number of samples that remain, and so does
+# this.
 
 kept = masked_y != -100
 for reduction in ["sum", "mean"]:
@@ -1995,6 +1997,20 @@ for reduction in ["sum", "mean"]:
     model = run(network, make_diag_ggn(), X[kept], y[kept], loss_function_r)
     right = ggn_diagonals(network, X, masked_y, loss_function_r)["1.weight"]
     torch.testing.assert_close(model[1].weight.diag_ggn_exact, right)
+
+# %%
+# **Fix** for class weights, with ``"sum"``: all samples of a class have the same
+# weight. So run each class on its own, multiply by its weight, and add up. (Or write an
+# extension for the loss: `A custom loss <4_custom_loss.html>`__ has one with weights.)
+
+class_weights = torch.rand(C, dtype=torch.float64, device=device)
+weighted = nn.CrossEntropyLoss(class_weights, reduction="sum")
+added = torch.zeros(1, dtype=torch.float64, device=device)
+for c in y.unique():
+    model = run(network, make_diag_ggn(), X[y == c], y[y == c])
+    added += class_weights[c] * model[1].weight.diag_ggn_exact
+right = ggn_diagonals(network, X, y, weighted)["1.weight"]
+torch.testing.assert_close(added, right)
 
 # %%
 # Squares and sums in the wrong order
