@@ -639,10 +639,10 @@ else:
 #
 # Other extensions
 # ----------------
-# ``SumModule``, ``nn.Identity`` and the fork must be known to each of BackPACK's
-# extensions. Some second-order extensions know them, others raise. We see which, with a
-# block made of layers that need nothing from us. (HBP, which needs four settings, is
-# left out.) The messages are long, so we print what they say in our words.
+# ``SumModule``, ``nn.Identity`` and the fork must be known to a second-order extension
+# of BackPACK. Some know them, others raise. We see which, with a block made of layers
+# that need nothing from us. (HBP, which needs four settings, is left out.) The messages
+# are long, so we print what they say in our words.
 
 through = [
     DiagGGNExact,
