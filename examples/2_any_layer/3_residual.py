@@ -15,7 +15,7 @@ We will:
 5. try which other second-order extensions get through a residual block;
 6. look at the curvature of a ReZero block at the start of training.
 
-You should know ``ScaleModule`` and its two extensions: `Individual gradients
+You should know ``ScaleModule`` and its two module extensions: `Individual gradients
 <../1_scale_module/2_individual_gradients.html>`_ and `The GGN diagonal, backpropagated
 <../1_scale_module/4_ggn_diagonal.html>`_. The letters: N samples, D features, C
 classes, and V for the backpropagated square root of the GGN, shape ``[C, N, D]``.

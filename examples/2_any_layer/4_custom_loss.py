@@ -148,7 +148,7 @@ class ScaleModule(nn.Module):
 
 
 # %%
-# These are its extensions, also from Part 1. The second is for later.
+# These are its module extensions, also from Part 1. The second is for later.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):

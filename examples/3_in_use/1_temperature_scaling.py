@@ -219,7 +219,7 @@ class ScaleModule(nn.Module):
 
 
 # %%
-# And this is its extension:
+# And this is its module extension:
 
 
 class ScaleModuleDiagGGNExact(ModuleExtension):

@@ -16,7 +16,7 @@ We will:
 6. draw the confidence over the plane, with and without;
 7. compare with the full GGN, to see what the diagonal loses.
 
-You should know the two extensions for ``ScaleModule``: `Individual gradients
+You should know the two module extensions for ``ScaleModule``: `Individual gradients
 <../1_scale_module/2_individual_gradients.html>`_ and `The GGN diagonal, backpropagated
 <../1_scale_module/4_ggn_diagonal.html>`_. The letters: N samples, D features, C
 classes, p parameters, V for the square root of the GGN that travels backward.
@@ -64,8 +64,8 @@ X_train, y_train = draw_data(300)
 X_test, y_test = draw_data(1000)
 
 # %%
-# The network holds the scale module in its middle. So both methods of its extension for
-# the GGN will be needed.
+# The network holds the scale module in its middle. So both methods of its module
+# extension for the GGN will be needed.
 
 
 class ScaleModule(nn.Module):
@@ -138,8 +138,8 @@ train(delta=1.0)
 
 # %%
 # How sure is the trained network where there are no data? We ask on a circle with
-# radius 10. Whatever the network says there, it can't know. (Class probabilities for an
-# input are called **predictive**, hence the names of the functions.)
+# radius 10. Whatever the network says there, it can't know. (The class probabilities
+# for an input are called its **predictive**, hence the name ``plain_predictive``.)
 
 
 def ring(radius: float) -> Tensor:
@@ -351,7 +351,7 @@ torch.testing.assert_close(V_in, vmap(input_vjp)(V_out)[0])
 # Three traps
 # -----------
 # **Reduction.** With ``"mean"``, BackPACK computes the GGN of the mean loss, N times
-# too small. Used as it is, the posterior would be far too wide. Multiply by N, or
+# too small. If it is used as it is, the posterior is far too wide. Multiply by N, or
 # use ``"sum"``.
 
 mean_loss_function = extend(nn.CrossEntropyLoss(reduction="mean"))
@@ -521,7 +521,7 @@ torch.testing.assert_close(h, G.diag())
 #     \mathrm{J}(x)^\top \in \mathbb{R}^{C \times C} \, .
 #
 # The Jacobians are individual gradients: of one logit instead of a loss. So
-# ``BatchGrad`` computes them, with the extension from Part 1.
+# ``BatchGrad`` computes them, with the module extension from *Individual gradients*.
 
 
 class ScaleModuleBatchGrad(FirstOrderModuleExtension):

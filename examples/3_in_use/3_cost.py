@@ -15,7 +15,7 @@ We will:
 5. see how near ``weight`` and ``backpropagate`` of the GGN diagonal come to the least
    that they can cost.
 
-You should know the two extensions for ``ScaleModule``: `Individual gradients
+You should know the two module extensions for ``ScaleModule``: `Individual gradients
 <../1_scale_module/2_individual_gradients.html>`_ and `The GGN diagonal, backpropagated
 <../1_scale_module/4_ggn_diagonal.html>`_. The letters: N samples, T steps of a
 sequence, D features, C classes, V for the square root of the GGN that travels backward.
