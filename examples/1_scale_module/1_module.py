@@ -84,8 +84,8 @@ torch.testing.assert_close(scale(X), 2 * X)
 # Why a module
 # ------------
 # BackPACK does not read your code. It learns about a computation through **hooks**:
-# functions that PyTorch calls whenever data pass through a ``torch.nn.Module``, on the
-# way forward and on the way back. A plain function has no hooks. So whatever you want
+# functions that PyTorch calls whenever data pass forward through a ``torch.nn.Module``,
+# and whenever gradients pass back. A plain function has no hooks. So whatever you want
 # BackPACK to treat must be a module of its own.
 #
 # ``extend`` adds one hook for each direction, in place, and returns the module. (The
@@ -114,10 +114,10 @@ print(f"scale.output: {list(scale.output.shape)}")
 
 # %%
 # The name ``input0`` ends in a number because a module may take several inputs. In the
-# backward pass, the backward hook runs all active extensions (so far there are none),
-# and after that it removes what was stored, to free the memory. (If BackPACK should
-# ever keep it, the ``raise`` in the next cell stops the build, and this page is not
-# published. Such checks stand behind all that a page lists at its end as verified.)
+# backward pass, the backward hook runs the extensions that were asked for (so far
+# none), and after that it removes what was stored, to free the memory. (If BackPACK
+# should ever keep it, the ``raise`` in the next cell stops the build, and this page is
+# not published. Such checks stand behind all that a page lists at its end as verified.)
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -438,7 +438,7 @@ class ScaleModuleHBP(HBPBaseModule):
             List of one factor, shape ``[1, 1]``.
 
         Raises:
-            NotImplementedError: If the Jacobian is to be averaged (``CHEN``, see below).
+            NotImplementedError: If the Jacobian is to be averaged (``CHEN``, below).
         """
         if ExpectationApproximation.should_average_param_jac(ext.get_ea_strategy()):
             raise NotImplementedError("ScaleModule: parameter Jacobian not averaged.")

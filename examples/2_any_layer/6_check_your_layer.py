@@ -194,8 +194,8 @@ MY_LAYER = Layer(
 #   MyLayer(4, 3)``. Then run the script again with equal numbers: there, a missing
 #   transpose gives wrong numbers instead of an error, and those can be named.
 # - The forward pass must not be random. Switch dropout off: ``make_module=lambda:
-#   MyLayer().eval()``. - Images work too: ``sample_shapes=[(2, 3, 4)]`` is a batch of
-#   ``[N, 2, 3, 4]``.
+#   MyLayer().eval()``.
+# - Images work too: ``sample_shapes=[(2, 3, 4)]`` is a batch of ``[N, 2, 3, 4]``.
 # - If your extensions do not serve ``[N, T, D]``, remove ``(2, 4)`` from the shapes.
 #
 # The right answers
