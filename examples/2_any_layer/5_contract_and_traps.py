@@ -755,7 +755,7 @@ for requires_grad in [False, True]:
 # ~~~~~~~~~~~~~~~~~~~~~~~~~
 # ``extend`` on a model that is extended already does nothing: each method is still
 # called once. A second ``backward`` adds to ``.grad``, as always in PyTorch. What an
-# extension stores is replaced, not added to.
+# extension stores on a parameter is replaced, not added to.
 
 model = extend(extend(deepcopy(network)))
 calls.clear()
@@ -1571,8 +1571,8 @@ print(f"left behind: V of shape {list(left_behind.shape)}")
 # which gives memory that has become free to new tensors. Here we need no luck:
 # ``features`` and ``fixed_features`` share their memory, so they have the same address.
 # The same extension, now on the whole network, **adds** the new V to the one left
-# behind. The two are equal, as the features are. So V is doubled, and its square is
-# four times too large.
+# behind, as it does where one tensor feeds two layers. The two are equal, as the
+# features are. So V is doubled, and its square is four times too large.
 
 expect(features.data_ptr(), address)
 with backpack(extension):
@@ -1773,7 +1773,8 @@ torch.testing.assert_close(right.sum(0), weight.grad)
 # %%
 # **Cause:** each use stores its result on the one parameter, and overwrites that of the
 # use before. **Fix:** ``extension_hook`` runs after each layer. Ours adds up the
-# results and deletes each from the parameter, so that none is counted twice.
+# results and deletes each from the parameter, so that no part of the sum is taken for
+# the whole.
 
 
 def make_adder(savefield: str) -> tuple[Callable, dict[nn.Parameter, Tensor]]:
