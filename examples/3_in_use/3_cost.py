@@ -1071,14 +1071,15 @@ for results, loop, vectorized in [
 
 # %%
 # And the answer? ``backpropagate`` is one multiplication, and costs one multiplication,
-# plus a fixed cost that shows where V is tiny. It is at its limit. For ``weight``, even
-# the best candidate takes longer than one pass over V, by a factor that you can read
-# off the upper panel. We want the clearest form that is not far behind where there is
-# work to do. See the row of the einsum with X first: in the last column it is among the
-# smallest (noise on the machine decides between those). For the tiny V of 8 KB, where
-# the fixed cost of the call is more than the work, others are clearly ahead. It makes
-# no second tensor as large as V, its code is as clear as that of the other order, and
-# with an ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
+# plus the fixed cost of a method in Python, which shows where V is tiny. It is at its
+# limit. For ``weight``, even the best candidate takes longer than one pass over V, by a
+# factor that you can read off the upper panel. We want the clearest form that is not
+# far behind where there is work to do. See the row of the einsum with X first: in the
+# last column it is among the smallest (noise on the machine decides between those). For
+# the tiny V of 8 KB, where the fixed cost of the call is more than the work, others are
+# clearly ahead. It makes no second tensor as large as V, its code is as clear as that
+# of the other order, and with an ellipsis it serves ``[N, T, D]``. So this is the form
+# of ``weight`` above.
 #
 # What was verified
 # -----------------
