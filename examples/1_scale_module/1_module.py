@@ -255,8 +255,8 @@ else:
 # %%
 # Second order: an error
 # ----------------------
-# ``DiagGGNExact`` computes the diagonal of the GGN. It cannot go on: the layers before
-# the scale module wait for a V that only the scale module can pass on. So it raises.
+# ``DiagGGNExact`` computes the diagonal of the GGN. It cannot go on: the layer before
+# the scale module waits for a V that only the scale module can pass on. So it raises.
 
 try:
     with backpack(DiagGGNExact()):
