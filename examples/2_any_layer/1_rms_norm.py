@@ -590,9 +590,9 @@ for features, layers, y in [
 # %%
 # In the third way a plain ``transpose`` would be a problem. It is not a module, so
 # BackPACK would not see it. It returns a view, with the same memory address as its
-# input, and BackPACK finds V by the address. So RMSNorm would get a V, but with its
-# axes in the wrong order. `The contract, and what breaks it
-# <5_contract_and_traps.html>`_ shows it.
+# input. BackPACK stores V under the address of the tensor that it belongs to, and there
+# the layer before finds it. So RMSNorm would get a V, but with its axes in the wrong
+# order. `The contract, and what breaks it <5_contract_and_traps.html>`_ shows it.
 
 # %%
 # Lookup is by exact class
@@ -977,9 +977,10 @@ for samples in [16, 256]:
 # \mathrm{J}` for all parameters of a network, in float64 at the default tolerance of
 # ``torch.testing.assert_close``: with the layer first, in the middle and last, for
 # ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, and ``BatchGrad`` also for a
-# subset. In one setting each, so do the three ways to the loss, ``nn.RMSNorm``, and a
-# layer with a bias. The automatic extension for the GGN diagonal agrees with the closed
-# form, and both automatic extensions agree with the witnesses for two more layers.
+# subset. In one setting each, so do the three ways to the loss and ``nn.RMSNorm``; in
+# two, a layer with a bias. The automatic extension for the GGN diagonal agrees with the
+# closed form, and both automatic extensions agree with the witnesses for two more
+# layers.
 #
 # **Next:** `One derivatives class, every extension <2_every_extension.html>`_ returns
 # to the scale module, and serves all of BackPACK's extensions with one class and a few
