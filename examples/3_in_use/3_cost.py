@@ -485,8 +485,8 @@ for module_extension in [extension_class() for extension_class in diag_ggn_class
 # - **long enough:** a fast call is repeated until a few milliseconds have passed;
 # - **medians:** one disturbed round changes them little; quartiles show the scatter;
 # - **one thread, CPU time:** on the CPU we let PyTorch use one thread, and read the
-#   time that the processor spent on this process. With several threads, a kernel waits
-#   for the thread that another program holds up.
+#   time that the processor spent on this process. With several threads, the others wait
+#   busily for one that another program holds up, and this waiting counts.
 #
 # On a GPU, ``synchronize`` waits for the kernels, and the clock is the one on the wall.
 
