@@ -806,8 +806,8 @@ confidence = {}
 for (name, predictive), style in zip(curves.items(), ["-", "--", "-."], strict=True):
     confidence[name] = predictive(rings).amax(1).reshape(len(radii), -1).mean(1)
     left.plot(radii, confidence[name].cpu(), style, label=name)
-farthest = X_train.norm(dim=1).max().item()
-left.axvspan(0, farthest, color="0.9", label="training data")
+nearest, farthest = X_train.norm(dim=1).cpu().aminmax()
+left.axvspan(nearest, farthest, color="0.9", label="training data")
 left.set(xlabel="distance from the center", ylabel="mean confidence", ylim=(0.5, 1))
 left.set_title("Confidence and distance")
 left.legend(loc="lower right")
