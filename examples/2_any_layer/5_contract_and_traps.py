@@ -594,7 +594,7 @@ for name, parameter in model.named_parameters():
 # figure.
 
 marks = {
-    "A": "the layer runs twice, or gets X by keyword: input0 or output wrong, missing",
+    "A": "the layer runs twice, or gets X by keyword: input0 or output is lost",
     "B": "a function, an in-place operation or a view stands between two modules",
     "C": "not registered, a subclass, sums in the wrong order, a wrong shape",
     "D": "backpropagate is missing, or the layer has several inputs",
@@ -916,8 +916,11 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # The title of a section is a fragment of the message. If you came here directly, these
 # are the names that all sections use:
 #
-# - ``network`` holds a ``ScaleModule`` at place 1; its data are ``X`` and ``y``, its
-#   loss is ``loss_function``. Network and loss are never extended.
+# - ``network`` holds, in this order, a linear layer from D to H features, a
+#   ``ScaleModule``, ``Tanh``, ``Flatten``, and a linear layer to C classes. Its data are
+#   ``X`` and ``y``, its loss is ``loss_function``. Network and loss are never extended.
+# - N, T, D, H and C are the numbers of samples, steps, features, hidden features and
+#   classes. ``make_data(D)`` draws a batch, inputs ``[N, D]`` and classes ``[N]``.
 # - ``run(network, extension, X, y)`` extends copies, runs forward and backward, and
 #   returns the copy of the network. ``extended_loss`` is an extended copy of the loss.
 # - ``make_batch_grad()`` and ``make_diag_ggn()`` build extensions that support
