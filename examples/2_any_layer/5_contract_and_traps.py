@@ -917,8 +917,8 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # are the names that all sections use:
 #
 # - ``network`` holds, in this order, a linear layer from D to H features, a
-#   ``ScaleModule``, ``Tanh``, ``Flatten``, and a linear layer to C classes. Its data are
-#   ``X`` and ``y``, its loss is ``loss_function``. Network and loss are never extended.
+#   ``ScaleModule``, ``Tanh``, ``Flatten``, and a linear layer to C classes. Its data
+#   are ``X`` and ``y``, its loss is ``loss_function``. Neither is ever extended.
 # - N, T, D, H and C are the numbers of samples, steps, features, hidden features and
 #   classes. ``make_data(D)`` draws a batch, inputs ``[N, D]`` and classes ``[N]``.
 # - ``run(network, extension, X, y)`` extends copies, runs forward and backward, and
