@@ -515,10 +515,11 @@ for wrong_class in [WrongSubsetBatchGrad, WrongMeanBatchGrad]:
 # What was verified
 # -----------------
 # The equation was evaluated and agrees with ``torch.func.grad`` sample by sample. The
-# extension agrees with a loop over samples and with ``vmap`` in float64, at the default
-# tolerance of ``torch.testing.assert_close``: with the layer first, in the middle and
-# last, for ``[N, D]`` and ``[N, T, D]``, ``mean`` and ``sum``, all samples and a
-# subset. Two wrong module extensions are caught.
+# extension agrees with a loop over samples, and the loop with ``vmap``, in float64, at
+# the default tolerance of ``torch.testing.assert_close``: with the layer first, in the
+# middle and last, for inputs of the network of shape ``[N, D]`` and ``[N, T, D]``,
+# ``mean`` and ``sum``, all samples and a subset. Two wrong module extensions are
+# caught.
 #
 # **Next:** `The GGN and its diagonal, derived <3_ggn_derivation.html>`_ prepares the
 # second-order extension.

@@ -575,11 +575,10 @@ plt.show()
 # -----------------
 # Every equation of this page, except for definitions, was evaluated in float64 and
 # compared at the default tolerance of ``torch.testing.assert_close``: the square root
-# of the loss's Hessian, also against the one that BackPACK uses; three forms of the GGN
-# (its definition, :math:`V V^\top`, the Fisher), against each other; its diagonal; the
-# stacks; both recursions; the two products of the scale module; the batch, for ``sum``
-# and ``mean``; the difference between GGN and Hessian, with the blocks where it
-# vanishes.
+# of the loss's Hessian, also against the one that BackPACK uses; two more forms of the
+# GGN, :math:`V V^\top` and the Fisher; its diagonal; the stacks; both recursions; the
+# two products of the scale module; the batch, for ``sum`` and ``mean``; the difference
+# between GGN and Hessian, with the blocks where it vanishes.
 #
 # **Next:** `The GGN diagonal, backpropagated <4_ggn_diagonal.html>`_ turns the two
 # products into code.

@@ -301,8 +301,8 @@ class PrintingDiagGGNExact(ScaleModuleDiagGGNExact):
 
 
 # %%
-# The method for the parameter always comes first, then ``backpropagate``. We keep the
-# results for a comparison below.
+# The method for the parameter comes first, then ``backpropagate``. We keep the results
+# for a comparison below.
 
 X = torch.randn(N, D, dtype=torch.float64, device=device)
 y = torch.randint(C, (N,), device=device)

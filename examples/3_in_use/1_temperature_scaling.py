@@ -743,14 +743,14 @@ for name, times in seconds.items():
 # %%
 # What was verified
 # -----------------
-# Gradient and curvature agree with their formulas and with ``torch.func`` in float64;
-# the GGN is the Hessian. ``backpropagate`` agrees with a VJP, and the GGN diagonal of
-# the whole model with Jacobians from ``jacrev``. Undamped, Newton's method diverged
-# from :math:`w = 1`; with a line search it converged to where gradient descent ends. On
-# test data no prediction changed, the ECE fell by at least half and the cross-entropy
-# by at least 15%. The standard error from the curvature fits the spread over fresh
-# validation sets, up to the stated tolerance. With the network frozen, BackPACK did not
-# enter it.
+# BackPACK's gradient and curvature agree with ``torch.func`` in float64, and so do the
+# formulas; the GGN is the Hessian. ``backpropagate`` agrees with a VJP, and the GGN
+# diagonal of the whole model with Jacobians from ``jacrev``. Undamped, Newton's method
+# diverged from :math:`w = 1`; with a line search it converged to where gradient descent
+# ends. On test data no prediction changed, the ECE fell by at least half and the
+# cross-entropy by at least 15%. The standard error from the curvature fits the spread
+# over fresh validation sets, up to the stated tolerance. With the network frozen,
+# BackPACK did not enter it.
 #
 # **Next:** `Laplace approximation with the GGN diagonal <2_laplace.html>`_ uses the
 # curvature of all parameters, to know what a network can't know.

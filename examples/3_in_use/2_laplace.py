@@ -872,8 +872,8 @@ plt.show()
 # BackPACK saves has the shapes of the parameters, ``grad_batch`` behind a batch axis.
 # The evidence agrees with ``torch.distributions`` and ``logdet``, and its slope is zero
 # at the fixed point. The linearized predictive of the diagonal agrees with samples of
-# parameters, up to the stated tolerance. At radius 10 its confidence is lower than the
-# plain network's by at least 0.04, and that of the full GGN is lower still. The
+# parameters, up to the stated tolerance. At radius 10 its mean confidence is lower than
+# the plain network's by at least 0.04, and that of the full GGN is lower still. The
 # accuracy of the diagonal on test data falls by no more than 0.01. Networks sampled
 # from the same Gaussian, not linearized, have a higher NLL.
 #

@@ -403,8 +403,9 @@ def ggn_products(problem: Problem) -> dict[str, Tensor]:
 # %%
 # The same numbers
 # ----------------
-# A fast wrong answer is worth nothing. In float64, all ways must agree, for the scale
-# weights alone and for all parameters, and BackPACK also for a subset of the samples.
+# A fast wrong answer is worth nothing. In float64, all ways to individual gradients
+# must agree, for the scale weights alone and for all parameters, and BackPACK's also
+# for a subset of the samples.
 
 for only_scales in [True, False]:
     problem = Problem(N=6, C=5, only_scales=only_scales, dtype=torch.float64)
@@ -480,7 +481,7 @@ for module_extension in [extension_class() for extension_class in diag_ggn_class
 # Other programs on the machine make a stopwatch lie. Four things keep it honest:
 #
 # - **in turns:** each round times every way once, and ratios are taken within a round,
-#   so that a slow minute hits all ways alike. The order changes from round to round,
+#   so that a slow minute hits all ways alike. The order is drawn anew for each round,
 #   because what ran before decides what is in the cache;
 # - **long enough:** a fast call is repeated until a few milliseconds have passed;
 # - **medians:** one disturbed round changes them little; quartiles show the scatter;
@@ -1086,13 +1087,15 @@ for results, loop, vectorized in [
 # BackPACK, the loop over samples and ``vmap(grad)`` compute the same individual
 # gradients, for all samples and, with BackPACK, for a subset. BackPACK, with both
 # versions of ``backpropagate``, computes the same GGN diagonal as GGN-vector products
-# and as the definition, and its V has the sign of the VJP. The memory meter knows the
-# peak of a known program. V has the shape ``[C, N, H]`` at the second scale module, and
-# on the CPU the peak memory of ``DiagGGNExact`` agrees with the estimate to 20 percent.
-# At N = 256 the loop over samples takes at least 4 times as long as ``BatchGrad``. At C
-# = 1000 and D = 16 the loop over C takes at least 4 times as long as the vectorized
-# ``backpropagate``, and as the einsum of ``weight``. (Compared are the lower quartiles
-# of the ratios.) All other times are measured and shown, not checked.
+# (for the scale weights) and as the definition (for all parameters), and its V has the
+# sign of the VJP. The memory meter knows the peak of a known program. V has the shape
+# ``[C, N, H]`` at the second scale module, and on the CPU the peak memory of
+# ``DiagGGNExact``, for the scale weights, agrees to 20 percent with that of a plain
+# backward pass plus :math:`b(C)`. At N = 256 the loop over samples takes at least 4
+# times as long as ``BatchGrad``. At C = 1000 and D = 16 the loop over C takes at least
+# 4 times as long as the vectorized ``backpropagate``, and as the einsum of ``weight``.
+# (Compared are the lower quartiles of the ratios.) All other times are measured and
+# shown, not checked.
 #
 # **Next:** You have read the site to its end. To bring your own layer, start from
 # `Check your own layer <../2_any_layer/6_check_your_layer.html>`_.
