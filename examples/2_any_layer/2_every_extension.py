@@ -1310,7 +1310,9 @@ print(message_of(TypeError, lambda: make_extension(DiagGGNExact, subsampling=sub
 
 model = nn.Sequential(ScaleModule(), nn.Linear(D, C), nn.Flatten()).to(**options)
 case = Case("[N, T, D]", "mean", model, cases[2].X, cases[2].y)
-print(message_of(NotImplementedError, lambda: run(case, make_extension(KFLR))))
+for extension_class in [KFAC, KFLR, KFRA, HBP]:
+    extension = make_extension(extension_class)
+    print(message_of(NotImplementedError, lambda e=extension: run(case, e)))
 
 # %%
 # **The diagonal of the Hessian and HBP** know second derivatives of elementwise layers
@@ -1326,9 +1328,9 @@ for extension_class in [DiagHessian, HBP]:
     print(message_of(NotImplementedError, lambda e=extension: run(cases[0], e)))
 
 # %%
-# **HBP with the Hessian** also needs inputs of shape ``[N, D]`` for each nonlinear
-# activation. That is why ``Flatten`` comes before the activation in our network.
-# Otherwise an assertion fails, without a message.
+# **HBP with the Hessian** also needs inputs of shape ``[N, D]`` for an activation with
+# second derivatives, such as ``Tanh``. That is why ``Flatten`` comes before the
+# activation in our network. Otherwise an assertion fails, without a message.
 
 model = nn.Sequential(ScaleModule(), nn.Tanh(), nn.Flatten(), nn.Linear(T * D, C))
 case = Case("[N, T, D]", "mean", model.to(**options), cases[2].X, cases[2].y)

@@ -633,9 +633,9 @@ else:
 
 # %%
 # The tracer does not enter PyTorch's own modules (except ``Sequential``), nor some of
-# BackPACK's. It enters all others. So it walked into ``ScaleModule.forward`` and met
-# ``weight * X``. The converter knows what to do with a number times a tensor, but here
-# both factors are tensors.
+# BackPACK's. It enters modules of our own. So it walked into ``ScaleModule.forward``
+# and met ``weight * X``. The converter knows what to do with a number times a tensor,
+# but here both factors are tensors.
 #
 # Other extensions
 # ----------------

@@ -547,8 +547,8 @@ else:
 # %%
 # Why the base class matters
 # --------------------------
-# BackPACK lets only subclasses of ``_Loss`` start without a V. Any other module raises
-# an error. This loss takes all that it has from ours, but it is not a ``_Loss``.
+# BackPACK lets only subclasses of ``_Loss`` start without a V. Another module raises an
+# error. This loss takes all that it has from ours, but it is not a ``_Loss``.
 
 
 class WrongBaseLoss(nn.Module):
@@ -838,11 +838,11 @@ if not results[WrongRootOfNegative].isnan().all():
 # zero, and so does S, for ``mean`` and ``sum``. The GGN diagonal of all parameters
 # agrees with :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}` in float64, at the
 # default tolerance of ``torch.testing.assert_close``, with the scale module first, in
-# the middle and last; so it does with weights for the samples, and with S by automatic
-# differentiation, also for ``nn.PoissonNLLLoss``. S and the scale module's V were
-# compared with their signs. A Cholesky factor serves as well as S, and with swapped
-# axes it fails. ``BatchGrad`` needs no extension for the loss. A loss that is not a
-# ``_Loss`` raises. For a loss that is not convex, neither way to go on gives
+# the middle and last; with it in the middle, also with weights for the samples, and
+# with S by automatic differentiation, for ``nn.PoissonNLLLoss``, too. S and the scale
+# module's V were compared with their signs. A Cholesky factor serves as well as S, and
+# with swapped axes it fails. ``BatchGrad`` needs no extension for the loss. A loss that
+# is not a ``_Loss`` raises. For a loss that is not convex, neither way to go on gives
 # :math:`\mathrm{J}^\top \mathrm{H} \, \mathrm{J}`.
 #
 # **Next:** `The contract, and what breaks it <5_contract_and_traps.html>`__ collects

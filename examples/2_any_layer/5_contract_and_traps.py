@@ -776,25 +776,20 @@ torch.testing.assert_close(model[1].weight.grad_batch, gradients["1.weight"])
 # number of all targets). With ``nn.MSELoss``, the divisor is the number of **all**
 # entries of the output.
 
-mean_loss = nn.CrossEntropyLoss(reduction="mean")
-model = run(network, make_batch_grad(), X, y, mean_loss)
-torch.testing.assert_close(N * model[1].weight.grad_batch, gradients["1.weight"])
-
-model = run(network, make_diag_ggn(), X, y, mean_loss)
-torch.testing.assert_close(N * model[1].weight.diag_ggn_exact, diagonals["1.weight"])
-
-summed = run(pixelwise, make_diag_ggn(), pixels, classes)
-model = run(pixelwise, make_diag_ggn(), pixels, classes, mean_loss)
-torch.testing.assert_close(
-    2 * N * model[1].weight.diag_ggn_exact, summed[1].weight.diag_ggn_exact
-)
-
 targets = torch.randn(N, C, dtype=torch.float64, device=device)
-summed = run(network, make_diag_ggn(), X, targets, nn.MSELoss(reduction="sum"))
-model = run(network, make_diag_ggn(), X, targets, nn.MSELoss(reduction="mean"))
-torch.testing.assert_close(
-    N * C * model[1].weight.diag_ggn_exact, summed[1].weight.diag_ggn_exact
-)
+for model, *data, loss_class, divisor in [
+    (network, X, y, nn.CrossEntropyLoss, N),
+    (pixelwise, pixels, classes, nn.CrossEntropyLoss, 2 * N),
+    (network, X, targets, nn.MSELoss, N * C),
+]:
+    for make_extension in [make_batch_grad, make_diag_ggn]:
+        result = {}
+        for reduction in ["mean", "sum"]:
+            extension, loss = make_extension(), loss_class(reduction=reduction)
+            weight = run(model, extension, *data, loss)[1].weight
+            # savefield: the attribute for results, grad_batch or diag_ggn_exact
+            result[reduction] = getattr(weight, extension.savefield)
+        torch.testing.assert_close(divisor * result["mean"], result["sum"])
 
 # %%
 # BackPACK's ``Variance`` is quadratic in the individual gradients, so there the factor
@@ -928,11 +923,11 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # - ``gradients`` and ``diagonals`` hold the right numbers for ``network``;
 #   ``individual_gradients`` and ``ggn_diagonals`` compute them for other networks.
 #   ``provoke`` runs what must fail and prints its message; ``silently_wrong`` prints a
-#   wrong result above the right one; ``expect`` raises if its two arguments differ.
-# - ``linears`` is a network without a scale module, ``frozen`` a copy of ``network`` in
-#   which the scale weight is frozen. ``subset`` is ``[4, 0, 2]``. ``X_other`` and
-#   ``y_other`` are a second batch. ``harmless`` is a part of the warning that
-#   ``provoke`` does not show.
+#   wrong result above the right one; ``expect`` raises if its two arguments differ. -
+#   ``linears`` is a network without a scale module, ``first`` one that begins with it,
+#   ``frozen`` a copy of ``network`` in which the scale weight is frozen. ``subset`` is
+#   ``[4, 0, 2]``. ``X_other`` and ``y_other`` are a second batch. ``harmless`` is a
+#   part of the warning that ``provoke`` does not show.
 # - V is what second-order extensions send from layer to layer.
 #
 # NotImplementedError: ``does not have an extension for Module``
@@ -1089,6 +1084,15 @@ class WrongWithoutBackpropagate(ModuleExtension):
 
 extension = make_diag_ggn(WrongWithoutBackpropagate)
 provoke(AssertionError, message, lambda: run(network, extension, X, y))
+
+# %%
+# Where no layer waits for this V, as with the layer first and an input that requires a
+# gradient, the warning comes alone:
+
+extension = make_diag_ggn(WrongWithoutBackpropagate)
+data = X.clone().requires_grad_()
+warning = "Backpropagate has not been overwritten"
+provoke(UserWarning, warning, lambda: run(first, extension, data, y))
 
 # %%
 # **Fix:** write ``backpropagate``, also for layers without parameters.
@@ -1595,10 +1599,13 @@ run(network, extension, buffer, y)
 provoke(RuntimeError, message, lambda: run(network, extension, buffer[:4], y[:4]))
 
 # %%
-# **Fix:** a fresh extension object for each ``backward``, from a factory. Extensions
-# that expect no V, those of the first order, store none and are safe.
+# **Fix:** a fresh extension object for each ``backward``, from a factory. Extensions of
+# the first order expect no V. They store none and are safe.
 
-expect(make_batch_grad().expects_backpropagation_quantities(), False)
+for name in ["BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"]:
+    extension = getattr(extensions, name)()
+    expect(extension.expects_backpropagation_quantities(), False)
+
 features = first_half(X)
 fixed_features = features.detach().requires_grad_()
 for half_input in [fixed_features, features]:
@@ -1991,9 +1998,8 @@ for option, message in [
     provoke(NotImplementedError, message, function)
 
 # %%
-# **Fix** for ignored targets, whatever their index: leave the samples out yourself.
-# With ``"mean"``, PyTorch divides by the number of samples that remain, and so does
-# this.
+# **Fix** for ignored targets: leave the samples out yourself. With ``"mean"``, PyTorch
+# divides by the number of samples that remain, and so does this.
 
 kept = masked_y != -100
 for reduction in ["sum", "mean"]:

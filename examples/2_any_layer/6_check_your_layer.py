@@ -878,7 +878,8 @@ def mistakes(method: Method, case: Case) -> dict[str, Tensor]:
 # setting with N = 1 must be right. (Where a mistake cannot be computed, the method must
 # be right.) If two mistakes cannot be told apart for this layer, both are named, but
 # variants of one mistake, which differ in the text in parentheses only, once. If none
-# fits, nor any of the patterns below, the diagnosis is "unknown", with the numbers.
+# fits, nor any of the patterns below, the diagnosis is "unknown", with the numbers, or
+# with the shapes if these are wrong.
 
 
 def same_numbers(actual: Tensor, predicted: Tensor) -> bool:
