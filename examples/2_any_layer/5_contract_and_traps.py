@@ -923,8 +923,8 @@ torch.testing.assert_close(right, gradients["1.weight"])
 # - ``gradients`` and ``diagonals`` hold the right numbers for ``network``;
 #   ``individual_gradients`` and ``ggn_diagonals`` compute them for other networks.
 #   ``provoke`` runs what must fail and prints its message; ``silently_wrong`` prints a
-#   wrong result above the right one; ``expect`` raises if its two arguments differ. -
-#   ``linears`` is a network without a scale module, ``first`` one that begins with it,
+#   wrong result above the right one; ``expect`` raises if its two arguments differ.
+# - ``linears`` is a network without a scale module, ``first`` one that begins with it,
 #   ``frozen`` a copy of ``network`` in which the scale weight is frozen. ``subset`` is
 #   ``[4, 0, 2]``. ``X_other`` and ``y_other`` are a second batch. ``harmless`` is a
 #   part of the warning that ``provoke`` does not show.
