@@ -771,8 +771,9 @@ def check(extension_class, formula: Callable, cases=cases, **settings) -> None:
 # %%
 # Who asks for what
 # -----------------
-# Before we look at any number, we watch. Every method of a derivatives object is
-# wrapped so that it remembers whether it was called, and each extension runs once.
+# Before we look at what an extension returns, we watch. Every method of a derivatives
+# object is wrapped so that it remembers whether it was called, and each extension runs
+# once.
 
 methods = [n for n, m in vars(ScaleModuleDerivatives).items() if callable(m)]
 
