@@ -611,7 +611,8 @@ def peak_memory(way: Callable[[], object]) -> int:
 
 # %%
 # A meter must be tested on something known. Here are three blocks, of which at most two
-# live at a time: 1024 and 2048 numbers, then 512 and 2048. A number has 4 bytes. The
+# live at a time: 1024 and 2048 numbers, then 512 and 2048. A number has 4 bytes. (All
+# three are multiples of 512 bytes, so CUDA's allocator need not round them up.) The
 # peak is that of the first two, and neither the sum of all nor what is left at the end.
 
 
@@ -746,9 +747,9 @@ V_in = RecordingDiagGGNExact().backpropagate(None, layer, None, None, V)
 torch.testing.assert_close(V_in, vmap(input_vjp)(V)[0])
 
 # %%
-# There is one shape only: the first scale module passes nothing on, as no one before it
-# is trained. So V has shape ``[C, N, H]`` at a layer with H outputs: at each layer it
-# is C times as large as the layer's output. How much memory is this at the peak, if
+# There is one shape only: the first scale module passes nothing on, as no layer before
+# it is trained. So V has shape ``[C, N, H]`` at a layer with H outputs: at each layer
+# it is C times as large as the layer's output. How much memory is this at the peak, if
 # only the scale weights are trained? Two moments compete.
 #
 # - **At a layer,** ``backpropagate`` holds the V that it got and the V that it makes:
@@ -1039,9 +1040,9 @@ for name in ["einsum, V first", "einsum, X first"]:
 # itself.
 #
 # **Cache and fixed cost.** The temporary results of a loop over C are as large as one
-# slice of V. They are still in the cache when they are read again, more often than
-# those that are as large as V. So the loop is not always bad: for a large V it can beat
-# the candidates that make a tensor as large as V. But it pays the fixed cost of its
+# slice of V. When they are read again, they are more likely to be in the cache than
+# results as large as V. So the loop is not always bad: for a large V it can beat the
+# candidates that make a tensor as large as V. But it pays the fixed cost of its
 # operations C times, which makes its large number in the last column.
 #
 # What was said about the memory of candidates can be checked:
