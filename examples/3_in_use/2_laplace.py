@@ -378,7 +378,7 @@ torch.testing.assert_close(ignored, h)
 # our training does, its curvature :math:`\delta` is left out, and this time there is no
 # warning. (BackPACK warns if the gradient that arrives at the loss is not 1. Adding
 # something does not change it.) That is as we want it here: we add :math:`\delta`
-# ourselves, once.
+# ourselves, once. Who takes it to be in h already has a posterior without a prior.
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
