@@ -6,7 +6,8 @@ After this page you can give a layer of your own to all 19 extensions of BackPAC
 writing its Jacobian products once, plus a short method for nine of the extensions.
 
 Our layer is linear in its input and in its parameter. For another layer, the extensions
-that use a Hessian need more, or refuse; the page shows where.
+that use a Hessian may be wrong or refuse, which the page shows, or need the layer's
+second derivatives, which it leaves out.
 
 We will:
 
@@ -1024,10 +1025,10 @@ def mc_errors(case: Case, name: str, derivatives=None, classes=to_ggn) -> dict:
 
 
 # %%
-# A least-squares fit gives the slope. It is noisy itself. The logarithm of a root mean
-# square over R repeats has a standard deviation of about :math:`1 / \sqrt{2 R}`.
-# Divided by the norm of the centered :math:`\log M`, this is the slope's. We allow six
-# times as much.
+# A least-squares fit gives the slope. It is noisy itself. For normally distributed
+# errors, the logarithm of a root mean square over R repeats has a standard deviation of
+# about :math:`1 / \sqrt{2 R}`. Divided by the norm of the centered :math:`\log M`, this
+# is the slope's. We allow six times as much.
 
 
 log_M = torch.tensor(sample_counts).log()
@@ -1148,8 +1149,9 @@ print(f"by autodiff {(results[DiagHessian] + missing).item():.4f}")
 # ``KFLR`` and ``KFAC`` were done with the GGN. ``KFRA`` and ``HBP`` average at each
 # layer. They start with :math:`\bar{H} = \sum_n \nabla^2_{f_n} L`, the Hessians of the
 # total loss with respect to each sample's output. On the way back to the input, each
-# layer turns it into :math:`\bar{H} \leftarrow \frac{1}{N} \sum_n \mathrm{J}_n^\top
-# \bar{H} \mathrm{J}_n`, with its Jacobian :math:`\mathrm{J}_n` at sample n.
+# layer turns it into :math:`\bar{H} \leftarrow \frac{1}{N} \sum_n (\mathrm{J}_x
+# z_n)^\top \bar{H} \, \mathrm{J}_x z_n`, with the Jacobian of its output with respect
+# to its input.
 #
 # ``HBP`` adds, at each layer, the second derivatives of that layer weighted with the
 # gradient with respect to its output, and summed over the batch (only the products with
@@ -1219,8 +1221,8 @@ check(HBP, lambda case, name: averaged_blocks(case, with_residual=True)[name])
 
 # %%
 # These are approximations. The exact block of a parameter is the sum of
-# :math:`\mathrm{J}_n^\top H_n \, \mathrm{J}_n` over the samples. Here
-# :math:`\mathrm{J}_n` is the Jacobian of the layer's output with respect to the
+# :math:`(\mathrm{J}_w z_n)^\top H_n \, \mathrm{J}_w z_n` over the samples. Here
+# :math:`\mathrm{J}_w z_n` is the Jacobian of the layer's output with respect to the
 # parameter, and :math:`H_n` is the GGN (for HBP: the Hessian) with respect to this
 # output, both at sample n. The two extensions put one matrix for all samples,
 # :math:`\bar{H} / N`, in the place of each :math:`H_n`. We look at how far KFRA is from
