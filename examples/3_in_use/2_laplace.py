@@ -378,7 +378,8 @@ torch.testing.assert_close(ignored, h)
 # our training does, its curvature :math:`\delta` is left out, and this time there is no
 # warning. (BackPACK warns if the gradient that arrives at the loss is not 1. Adding
 # something does not change it.) That is as we want it here: we add :math:`\delta`
-# ourselves, once. Who takes it to be in h already has a posterior without a prior.
+# ourselves, once. If you believe that h contains :math:`\delta` and do not add it, the
+# posterior has no prior.
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
