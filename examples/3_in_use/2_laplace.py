@@ -116,7 +116,7 @@ network = extend(make_network())
 loss_function = extend(nn.CrossEntropyLoss(reduction="sum"))
 
 
-def train(delta: float) -> None:
+def train(delta: float | Tensor) -> None:
     """Move the network's parameters to a maximum of the posterior."""
     optimizer = torch.optim.LBFGS(
         network.parameters(), max_iter=300, line_search_fn="strong_wolfe"
@@ -456,7 +456,9 @@ torch.testing.assert_close(log_evidence(delta, loss, theta, h), expected)
 # (the data do): :math:`\gamma` is the **effective number of parameters**.
 
 
-def best_prior_precision(delta: float, theta: Tensor, curvatures: Tensor) -> Tensor:
+def best_prior_precision(
+    delta: float | Tensor, theta: Tensor, curvatures: Tensor
+) -> Tensor:
     """Iterate MacKay's fixed point, starting from ``delta``; return a scalar."""
     delta = torch.as_tensor(delta, dtype=theta.dtype, device=theta.device)
     for _ in range(200):
@@ -842,7 +844,7 @@ torch.testing.assert_close(gap, gap.clamp(min=0))
 
 fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
 for (name, spectrum), color in zip(spectra.items(), ["C1", "C2"], strict=True):
-    best = best_prior_precision(float(delta), theta, spectrum)
+    best = best_prior_precision(delta, theta, spectrum)
     gamma = (spectrum / (spectrum + best)).sum()
     top = log_evidence(best, loss, theta, spectrum)
     print(f"{name:>12}: delta {best:5.2f}, effective parameters {gamma:4.1f}", end=", ")
