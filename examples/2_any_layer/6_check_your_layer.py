@@ -1196,7 +1196,7 @@ class Network:
 # %%
 # The networks: the layer first, with and without a gradient for the input; in the
 # middle; last, with another loss; two such layers in ``Parallel``, which adds up their
-# outputs; each parameter frozen in turn and all; a subset; a single sample. ``Linear``
+# outputs; each parameter frozen in turn, then all; a subset; one sample. ``Linear``
 # acts on the last axis, so these networks serve samples of any shape.
 
 
@@ -1330,32 +1330,32 @@ def expected_in(network: Network, kind: str, reduction: str) -> dict[str, Tensor
 def make_registered(
     layer: Layer, kind: str, layer_type: type[nn.Module], subset: list[int] | None
 ) -> BatchGrad | DiagGGNExact:
-    """Build BackPACK's extension, with the layer's own extension registered."""
-    extension = BatchGrad(subset) if kind == "BatchGrad" else DiagGGNExact()
+    """Build a ``BatchGrad`` or ``DiagGGNExact`` that knows the layer's extension."""
+    running = BatchGrad(subset) if kind == "BatchGrad" else DiagGGNExact()
     own = factory_of(layer, kind)()
-    # overwrite: BackPACK may have an extension for this class
-    extension.set_module_extension(layer_type, own, overwrite=True)
-    return extension
+    # overwrite: BackPACK may have a module extension of its own for this class
+    running.set_module_extension(layer_type, own, overwrite=True)
+    return running
 
 
 def run_backpack(
     layer: Layer, network: Network, kind: str, reduction: str
 ) -> dict[str, Tensor | None]:
     """Run BackPACK on a copy of the network; return what it stored, by name."""
-    extension = make_registered(layer, kind, type(network.layers[0]), network.subset)
+    running = make_registered(layer, kind, type(network.layers[0]), network.subset)
     net, loss = extend(deepcopy(network.net)), extend(network.loss(reduction=reduction))
     X = network.X.clone().requires_grad_(network.needs_grad)
-    with backpack(extension):
+    with backpack(running):
         loss(net(X), network.y).backward()
     stored = {  # the savefield is grad_batch or diag_ggn_exact
-        name: getattr(p, extension.savefield, None)
+        name: getattr(p, running.savefield, None)
         for name, p in net.named_parameters()
         if p.requires_grad
     }
     if kind == "DiagGGNExact" and network.needs_grad:
         # BackPACK keeps V by the memory address of the tensor that it belongs to. We
         # take it out.
-        V = extension.saved_quantities.retrieve_quantity(X.data_ptr(), delete_old=True)
+        V = running.saved_quantities.retrieve_quantity(X.data_ptr(), delete_old=True)
         # Each sample has entries of its own: there is no sum over samples.
         stored["input0"] = None if V is None else V.square().sum(0)
     return stored
@@ -1822,7 +1822,7 @@ class WrongPattern(ScaledLinearDiagGGNExact):
 class WrongTranspose(ScaledLinearDiagGGNExact):
     """Wrong on purpose: W v in the place of W^T v.
 
-    The vectors v are the rows of ``V_out``, so ``V_out @ W`` would be right.
+    The vectors v lie along the last axis of ``V_out``: ``V_out @ W`` would be right.
     """
 
     def backpropagate(self, ext, module, g_inp, g_out, V_out) -> Tensor:
