@@ -698,8 +698,8 @@ def wrong_jacobians(method: Method, case: Case) -> dict[str, Tensor]:
 
 # %%
 # In the second family, the Jacobian is right, but the formula is wrong. One function
-# for each kind of method. Where a description says *input*, the code has the Jacobian
-# ``J``: with respect to a parameter, it is made of the layer's input.
+# for each of the three right answers. Where a description says *input*, the code has
+# the Jacobian ``J``: with respect to a parameter, it is made of the layer's input.
 
 
 def wrong_batch_grad(method: Method, case: Case) -> dict[str, Tensor]:

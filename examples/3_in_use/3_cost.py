@@ -1019,17 +1019,18 @@ for name in candidates:
 # products, one for each sample. The order of its operands decides which product that
 # is. Mathematically the two are the transposes of each other.
 
-for name in ["einsum, V first", "einsum, X first"]:
+for name in ["einsum, V first", "einsum, X first", "X @ V"]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         candidates[name](V, X)
     [product] = [e for e in profiler.events() if e.name == "aten::bmm"]
     print(f"{name}: {' @ '.join(map(str, product.input_shapes))}")
 
 # %%
-# V first, it is a matrix times a column for each sample; X first, a row times a matrix.
-# A library for linear algebra may be fast at one and slow at the other. If the first
-# two rows of the table differ, this is a property of the library, not of the problem,
-# and it can be otherwise on your machine.
+# V first, it is a matrix times a column for each sample; X first, a row times a matrix,
+# as in ``X @ V``. Where the times of these two differ, this is the fixed cost of
+# ``einsum``, or noise. A library for linear algebra may be fast at one and slow at the
+# other. If the first two rows of the table differ, this is a property of the library,
+# not of the problem, and it can be otherwise on your machine.
 #
 # **Temporary memory.** ``(V * X).sum`` writes a tensor as large as V, and reads it
 # again: three passes instead of one. ``vecdot`` needs the same memory, ``einsum`` needs
