@@ -1027,9 +1027,10 @@ for name in ["einsum, V first", "einsum, X first", "X @ V"]:
 
 # %%
 # V first, it is a matrix times a column for each sample; X first, a row times a matrix,
-# as in ``X @ V``. Where the times of these two differ, this is the fixed cost of
-# ``einsum``, or noise. A library for linear algebra may be fast at one and slow at the
-# other. If the first two rows of the table differ, this is a property of the library,
+# as in ``X @ V``. Where the times of ``X @ V`` and of ``einsum`` with X first differ,
+# this is the fixed cost of ``einsum``, or noise. But a library for linear algebra may
+# be fast at a matrix times a column and slow at a row times a matrix, or the other way
+# around. If the first two rows of the table differ, this is a property of the library,
 # not of the problem, and it can be otherwise on your machine.
 #
 # **Temporary memory.** ``(V * X).sum`` writes a tensor as large as V, and reads it
