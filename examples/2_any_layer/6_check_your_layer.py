@@ -778,7 +778,9 @@ def wrong_diag_ggn(method: Method, case: Case) -> dict[str, Tensor]:
 
 
 # %%
-# For ``backpropagate``, most mistakes are about what V is multiplied with.
+# For ``backpropagate``, mistakes are about what is returned, what is summed, and what V
+# is multiplied with. (Some of these have a wrong Jacobian. They stand here because one
+# line computes them.)
 
 
 def wrong_backpropagate(method: Method, case: Case) -> dict[str, Tensor]:
@@ -1776,7 +1778,7 @@ class WrongSumFirst(ScaledLinearDiagGGNExact):
     """Wrong on purpose: sums over samples, then squares."""
 
     def weight(self, ext, module, g_inp, g_out, V_out) -> Tensor:
-        """Return ``[D_out, D_in]`` of a wrong kind."""
+        """Return wrong numbers, shape ``[D_out, D_in]``."""
         V = einsum(V_out, module.input0, "c n ... o, n ... i -> c o i")
         return (module.gain * V).square().sum(0)
 
@@ -1785,7 +1787,7 @@ class WrongSquareFirst(ScaledLinearDiagGGNExact):
     """Wrong on purpose: squares, then sums over features."""
 
     def gain(self, ext, module, g_inp, g_out, V_out) -> Tensor:
-        """Return ``[]`` of a wrong kind."""
+        """Return a wrong number, shape ``[]``."""
         return (V_out * (module.input0 @ module.weight.mT)).square().sum()
 
 
