@@ -720,7 +720,7 @@ def wrong_batch_grad(method: Method, case: Case) -> dict[str, Tensor]:
             J[rows], G[first]
         ),
         "sets samples outside of the subset to zero, does not drop them": mask * g,
-        "summed over the samples: that is .grad": g[rows].sum(0),
+        "summed over the samples, as .grad is": g[rows].sum(0),
         "summed over the samples, then repeated": g[rows].sum(0).expand_as(g[rows]),
         "not summed over T": products.sum(2)[rows],
         "not summed over D": products.sum(1)[rows],
