@@ -1080,11 +1080,11 @@ for results, loop, vectorized in [
 # limit. For ``weight``, even the best candidate takes longer than one pass over V, by a
 # factor that you can read off the upper panel. We want the clearest form that is not
 # far behind where there is work to do. See the row of the einsum with X first: in the
-# last column it is among the smallest (between those decide the fixed cost of
-# ``einsum`` and noise). For the tiny V of 8 KB, where the fixed cost of the call is
-# more than the work, others are clearly ahead. This einsum makes no second tensor as
-# large as V, its code is as clear as that of the other order, and with an ellipsis it
-# serves ``[N, T, D]``. So this is the form of ``weight`` above.
+# last column it is among the smallest (which of those is the smallest depends on the
+# fixed cost of ``einsum`` and on noise). For the tiny V of 8 KB, where the fixed cost
+# of the call is more than the work, others are clearly ahead. This einsum makes no
+# second tensor as large as V, its code is as clear as that of the other order, and with
+# an ellipsis it serves ``[N, T, D]``. So this is the form of ``weight`` above.
 #
 # What was verified
 # -----------------
