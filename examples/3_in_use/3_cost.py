@@ -755,8 +755,9 @@ torch.testing.assert_close(V_in, vmap(input_vjp)(V)[0])
 # - **At a layer,** ``backpropagate`` holds the V that it got and the V that it makes:
 #   :math:`2 C N H` entries between hidden layers. Then the old one is freed.
 # - **At the loss,** the output has C entries. There V starts as the square root of the
-#   loss's Hessian, with :math:`C^2 N` entries. For cross-entropy, BackPACK computes it
-#   from the difference of two tensors of this size. For a moment, there are three.
+#   loss's Hessian, with :math:`C^2 N` entries. For cross-entropy, BackPACK makes two
+#   tensors of this size, takes their difference, and makes V from that. At most three
+#   of them are held at a time.
 #
 # The last layer, with :math:`C N (H + C)` entries, always needs less than one of these
 # two. The larger of them, in bytes of float32, is
