@@ -912,7 +912,8 @@ shapes = [
 
 def random_V_and_X(C: int, N: int, D: int) -> tuple[Tensor, Tensor]:
     """Return random ``V`` of shape ``[C, N, D]`` and ``X`` of shape ``[N, D]``."""
-    return torch.randn(C, N, D, device=device), torch.randn(N, D, device=device)
+    X = torch.randn(N, D, device=device) / D**0.5  # so that sums over D are about 1
+    return torch.randn(C, N, D, device=device), X
 
 
 for shape in shapes:
