@@ -608,10 +608,14 @@ class Case:
     witness: dict = field(default_factory=dict)
     S: dict = field(default_factory=dict)
 
+    @property
+    def r(self) -> float:
+        """Return the factor of the reduction."""
+        return {"mean": 1 / len(self.X), "sum": 1.0}[self.reduction]
+
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Return one sample's share of the total loss; ``output`` has shape ``[C]``."""
-        r = {"mean": 1 / len(self.X), "sum": 1.0}[self.reduction]
-        return r * nn.functional.cross_entropy(output, y)
+        return self.r * nn.functional.cross_entropy(output, y)
 
 
 # %%
@@ -907,10 +911,11 @@ for case in cases:
     square = einsum(case.S["exact"], case.S["exact"], "k n i, k n j -> n i j")
     torch.testing.assert_close(square, loss_hessians(case))
 
-S_mc, H_loss = case.S["mc"], loss_hessians(case)  # of the last case
+last = cases[-1]
+S_mc, H_loss = last.S["mc"], loss_hessians(last)
 square = einsum(S_mc, S_mc, "k n i, k n j -> n i j")
 error = (square - H_loss).norm() / H_loss.norm()
-print(f"S: {list(case.S['exact'].shape)}, sampled: {list(S_mc.shape)}")
+print(f"S: {list(last.S['exact'].shape)}, sampled: {list(S_mc.shape)}")
 print(f"With 3 labels per sample, S S^T is off by {error:.0%}.")
 
 # %%
@@ -919,12 +924,11 @@ print(f"With 3 labels per sample, S S^T is off by {error:.0%}.")
 # :math:`\sqrt{M / r}` times the sampled one, which must leave one-hot labels.
 
 for case in cases:
-    r = {"mean": 1 / N, "sum": 1.0}[case.reduction]
     pi = case.model(case.X).softmax(1).detach()
     formula = pi.sqrt().diag_embed() - einsum(pi, pi.sqrt(), "n c, n k -> n c k")
-    torch.testing.assert_close(case.S["exact"], r**0.5 * formula.permute(2, 0, 1))
+    torch.testing.assert_close(case.S["exact"], case.r**0.5 * formula.permute(2, 0, 1))
 
-    labels = pi - (mc["mc_samples"] / r) ** 0.5 * case.S["mc"]
+    labels = pi - (mc["mc_samples"] / case.r) ** 0.5 * case.S["mc"]
     one_hot = nn.functional.one_hot(labels.argmax(2), C).to(labels)
     torch.testing.assert_close(labels, one_hot)
 
@@ -1029,7 +1033,6 @@ def mc_errors(case: Case, name: str, derivatives=None, classes=to_ggn) -> dict:
 # errors, the logarithm of a root mean square over R repeats has a standard deviation of
 # about :math:`1 / \sqrt{2 R}`. Divided by the norm of the centered :math:`\log M`, this
 # is the slope's. We allow six times as much.
-
 
 log_M = torch.tensor(sample_counts).log()
 log_M = log_M - log_M.mean()

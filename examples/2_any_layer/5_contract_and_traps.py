@@ -783,13 +783,13 @@ for model, *data, loss_class, divisor in [
     (network, X, targets, nn.MSELoss, N * C),
 ]:
     for make_extension in [make_batch_grad, make_diag_ggn]:
-        result = {}
-        for reduction in ["mean", "sum"]:
-            extension, loss = make_extension(), loss_class(reduction=reduction)
-            weight = run(model, extension, *data, loss)[1].weight
-            # savefield: the attribute for results, grad_batch or diag_ggn_exact
-            result[reduction] = getattr(weight, extension.savefield)
-        torch.testing.assert_close(divisor * result["mean"], result["sum"])
+        # savefield: the attribute for results, grad_batch or diag_ggn_exact
+        savefield = make_extension().savefield
+        mean, summed = (
+            getattr(run(model, make_extension(), *data, loss)[1].weight, savefield)
+            for loss in [loss_class(reduction="mean"), loss_class(reduction="sum")]
+        )
+        torch.testing.assert_close(divisor * mean, summed)
 
 # %%
 # BackPACK's ``Variance`` is quadratic in the individual gradients, so there the factor

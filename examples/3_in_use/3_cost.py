@@ -1053,14 +1053,16 @@ for name in ["einsum, V first", "einsum, X first", "X @ V"]:
 # What was said about the memory of candidates can be checked:
 
 if device.type == "cpu":
-    result, slice_of_V = 1 / 64, 1 / 10  # 1/D and 1/C
-    for needs, names in [
-        (result, ["einsum, V first", "einsum, X first"]),
-        (result + 1, ["(V * X).sum", "linalg.vecdot"]),
-        (result + slice_of_V, ["loop over C"]),
-    ]:
-        for name in names:
-            torch.testing.assert_close(memory[name], needs, rtol=0.01, atol=0)
+    slice_of_V, _, result = (1 / size for size in V.shape)  # 1/C, 1/N and 1/D
+    needs = {
+        "einsum, V first": result,
+        "einsum, X first": result,
+        "(V * X).sum": 1 + result,
+        "linalg.vecdot": 1 + result,
+        "loop over C": slice_of_V + result,
+    }
+    measured = {name: memory[name] for name in needs}
+    torch.testing.assert_close(measured, needs, rtol=0.01, atol=0)
 
 # %%
 # For many classes and few features the loop should lose on any machine, in
